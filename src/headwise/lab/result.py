@@ -213,7 +213,7 @@ class VariantResult(_Model):
 
 
 class CompareResult(Setup):
-    """A finished comparison. In a notebook it shows itself as a table; `print(*r.verdict_lines(), sep="\\n")` reads it."""
+    """A finished comparison. In a notebook it shows itself as a table."""
 
     schema_version: int = SCHEMA_VERSION
     baseline: str
@@ -223,14 +223,16 @@ class CompareResult(Setup):
 
     @classmethod
     def load(cls, path: str | Path) -> CompareResult:
-        """Read `result.json`, given itself or the folder it lies in. FormatError: missing, malformed or of a newer schema."""
+        """Read `result.json`, given itself or its folder. FormatError: missing, malformed or of a newer schema."""
         path = Path(path)
         if path.is_dir():
             path = path / "result.json"
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise FormatError(f"{path}: no such file; give the folder a comparison wrote (headwise compare --out)") from None
+            raise FormatError(
+                f"{path}: no such file; give the folder a comparison wrote (headwise compare --out)"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{path}: cannot be read ({error})") from None
         try:
@@ -243,7 +245,7 @@ class CompareResult(Setup):
             ) from None
         if result.schema_version > SCHEMA_VERSION:
             raise FormatError(
-                f"{path}: schema {result.schema_version} is newer than this headwise reads ({SCHEMA_VERSION}); update headwise"
+                f"{path}: written in schema {result.schema_version}, this reads {SCHEMA_VERSION}; update headwise"
             )
         return result
 
@@ -259,8 +261,9 @@ class CompareResult(Setup):
 
     def to_csv(self, path: str | Path) -> Path:
         """Write one row a variant, the losses of the seeds in columns of their own, whole or not at all."""
-        from headwise.io.atomic import write_text
         from headwise.lab.render import csv_text
+
+        from headwise.io.atomic import write_text
 
         path = Path(path)
         write_text(path, csv_text(self))

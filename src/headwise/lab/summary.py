@@ -38,7 +38,7 @@ def summarise(
     """Judge every variant against the first one.
 
     `runs` may come in any order; a (variant, seed) without a record counts as failed. `measurements` is empty (nothing
-    was measured) or has one entry a variant. Raises SettingsError for records that fit no variant or seed, or come twice.
+    was measured) or has one entry a variant. SettingsError: a record of no variant or seed, or twice.
     """
     if not variants:
         raise SettingsError("nothing to compare: give a baseline and at least one variant")
@@ -65,7 +65,9 @@ def summarise(
                 **dict(info),
                 label=labels[v],
                 val_loss=_summary(losses[v]),
-                bits_per_byte=_summary([r.bits_per_byte if r is not None and _loss(r) is not None else None for r in records]),
+                bits_per_byte=_summary(
+                    [r.bits_per_byte if r is not None and _loss(r) is not None else None for r in records]
+                ),
                 diff=_diff(comparisons[v - 1]) if v else None,
                 train_tokens_per_s=_median(rounds[v].train_tokens_per_s),
                 decode_tokens_per_s=_median(rounds[v].decode_tokens_per_s),
@@ -97,7 +99,7 @@ def make_labels(lines: Sequence[str]) -> list[str]:
 
 
 def thin(series: Series, limit: int = MAX_CURVE_POINTS) -> Series:
-    """At most `limit` points: means over equal stretches, each placed at its last step, so that no spike is picked out."""
+    """At most `limit` points: means over equal stretches, placed at their last steps, so no single spike is picked."""
     steps, losses = np.asarray(series.step), np.asarray(series.loss, dtype=float)
     keep = np.isfinite(losses)
     steps, losses = steps[keep], losses[keep]
@@ -114,7 +116,9 @@ def _by_variant_and_seed(
     for run in runs:
         key = (run.variant, run.seed)
         if not 0 <= run.variant < n_variants or run.seed not in seeds:
-            raise SettingsError(f"a record of variant {run.variant}, seed {run.seed} belongs to no run of this comparison")
+            raise SettingsError(
+                f"a record of variant {run.variant}, seed {run.seed} belongs to no run of this comparison"
+            )
         if key in table:
             raise SettingsError(f"two records of variant {run.variant}, seed {run.seed}; one run must count once")
         table[key] = run
@@ -143,11 +147,9 @@ def _median(values: Sequence[float]) -> float | None:
 def _ratios(variant: Measurements, baseline: Measurements) -> Ratios:
     def one(name: str) -> Ratio | None:
         summary = stats.ratio_summary(getattr(variant, name), getattr(baseline, name))
-        return summary and Ratio(ratio=summary.ratio, lo=summary.lo, hi=summary.hi)
+        return None if summary is None else Ratio(ratio=summary.ratio, lo=summary.lo, hi=summary.hi)
 
-    return Ratios(
-        train=one("train_tokens_per_s"), decode=one("decode_tokens_per_s"), memory=one("peak_memory_bytes")
-    )
+    return Ratios(train=one("train_tokens_per_s"), decode=one("decode_tokens_per_s"), memory=one("peak_memory_bytes"))
 
 
 def _diff(c: stats.Comparison) -> Diff:
