@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -114,11 +114,11 @@ def test_numbers_are_scipys() -> None:
 
 
 def test_power_is_that_of_the_noncentral_t() -> None:
-    for effect, n in [(0.5, 5), (1.5, 6), (3.0, 9), (-1.5, 6)]:
+    for effect, n in [(0.5, 5), (1.0, 6), (-1.0, 6), (0.3, 40)]:
         t = scipy_stats.t.ppf(0.975, n - 1)
-        shift = effect * math.sqrt(n)
+        shift = abs(effect) * math.sqrt(n)
         expected = scipy_stats.nct.sf(t, n - 1, shift) + scipy_stats.nct.cdf(-t, n - 1, shift)
-        assert stats.power_of_difference(effect, n, 0.05) == pytest.approx(expected, abs=2e-6)
+        assert stats.power_of_difference(effect, n, 0.05) == pytest.approx(expected, abs=1e-5)
 
 
 # --- the decision rule ------------------------------------------------------------------------------------------------
@@ -258,9 +258,10 @@ def test_holm_is_the_textbook_definition(p_values: list[float | None]) -> None:
 
 @given(differences, st.floats(0.001, 0.05), st.floats(1.1, 4))
 @settings(deadline=None)
-def test_a_wider_margin_never_takes_equivalence_away(d: np.ndarray, margin: float, factor: float) -> None:
-    assume(verdict(d, margin=margin).verdict == "equivalent")
-    assert verdict(d, margin=margin * factor).verdict == "equivalent"
+def test_a_wider_margin_never_makes_equivalence_harder(d: np.ndarray, margin: float, factor: float) -> None:
+    narrow, wide = verdict(d, margin=margin), verdict(d, margin=margin * factor)
+    assert wide.p_equivalent <= narrow.p_equivalent
+    assert not (narrow.verdict == "equivalent" and wide.verdict != "equivalent")
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------

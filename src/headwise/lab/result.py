@@ -212,6 +212,10 @@ class VariantResult(_Model):
     curves: list[Curve]
 
 
+class _Version(_Open):
+    schema_version: int = SCHEMA_VERSION
+
+
 class CompareResult(Setup):
     """A finished comparison. In a notebook it shows itself as a table."""
 
@@ -236,18 +240,15 @@ class CompareResult(Setup):
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{path}: cannot be read ({error})") from None
         try:
-            result = cls.model_validate_json(text)
+            # The version alone first: a newer file may have fields that mean nothing here.
+            schema = _Version.model_validate_json(text).schema_version
+            if schema > SCHEMA_VERSION:
+                raise FormatError(f"{path}: has schema {schema}, this headwise reads {SCHEMA_VERSION}; update headwise")
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise FormatError(
-                f"{path}: not a comparison's result of schema {SCHEMA_VERSION}: {where}: {first['msg']}"
-            ) from None
-        if result.schema_version > SCHEMA_VERSION:
-            raise FormatError(
-                f"{path}: written in schema {result.schema_version}, this reads {SCHEMA_VERSION}; update headwise"
-            )
-        return result
+            raise FormatError(f"{path}: not a comparison's result: {where}: {first['msg']}") from None
 
     def save(self, path: str | Path) -> Path:
         """Write the result as JSON, whole or not at all. A folder gets `result.json`."""
@@ -261,9 +262,8 @@ class CompareResult(Setup):
 
     def to_csv(self, path: str | Path) -> Path:
         """Write one row a variant, the losses of the seeds in columns of their own, whole or not at all."""
-        from headwise.lab.render import csv_text
-
         from headwise.io.atomic import write_text
+        from headwise.lab.render import csv_text
 
         path = Path(path)
         write_text(path, csv_text(self))
