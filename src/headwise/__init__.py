@@ -1,0 +1,81 @@
+"""Headwise: a workbench for Transformer architectures. One line of text is one architecture.
+
+    import headwise as hw
+    spec = hw.parse("llama(attention=gqa(kv_heads=2))")
+    model = hw.build(spec)                      # model(ids[B,T]) → logits [B,T,vocab]
+    result = hw.compare(["gpt2", "llama"], data="shakespeare", seeds=6, steps=300)
+
+Names are looked up at first use, so `import headwise` stays quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name → the module that defines it.
+_HOMES = {
+    "parse": "headwise.spec",
+    "count": "headwise.spec",
+    "ModelSpec": "headwise.spec",
+    "list_presets": "headwise.spec",
+    "build": "headwise.model",
+    "load": "headwise.io.pretrained",
+    "save_pretrained": "headwise.io.pretrained",
+    "train": "headwise.train",
+    "resume": "headwise.train",
+    "generate": "headwise.generate",
+    "compare": "headwise.lab.compare",
+    **dict.fromkeys(
+        [
+            *("register_attention", "register_position", "register_norm", "register_ffn"),
+            *("get_attention", "get_position", "get_norm", "get_ffn"),
+            *("list_attention", "list_position", "list_norm", "list_ffn"),
+        ],
+        "headwise.registry",
+    ),
+    "HeadwiseError": "headwise.errors",
+}
+
+if TYPE_CHECKING:
+    from headwise.errors import HeadwiseError as HeadwiseError
+    from headwise.generate import generate as generate
+    from headwise.io.pretrained import load as load
+    from headwise.io.pretrained import save_pretrained as save_pretrained
+    from headwise.lab.compare import compare as compare
+    from headwise.model import build as build
+    from headwise.registry import get_attention as get_attention
+    from headwise.registry import get_ffn as get_ffn
+    from headwise.registry import get_norm as get_norm
+    from headwise.registry import get_position as get_position
+    from headwise.registry import list_attention as list_attention
+    from headwise.registry import list_ffn as list_ffn
+    from headwise.registry import list_norm as list_norm
+    from headwise.registry import list_position as list_position
+    from headwise.registry import register_attention as register_attention
+    from headwise.registry import register_ffn as register_ffn
+    from headwise.registry import register_norm as register_norm
+    from headwise.registry import register_position as register_position
+    from headwise.spec import ModelSpec as ModelSpec
+    from headwise.spec import count as count
+    from headwise.spec import list_presets as list_presets
+    from headwise.spec import parse as parse
+    from headwise.train import resume as resume
+    from headwise.train import train as train
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    # A function may share its package's name (headwise.train): the function is what users mean.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

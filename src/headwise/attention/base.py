@@ -1,0 +1,192 @@
+"""What attention mechanisms share: query, key, value and output projections, head widths, positions, the cache.
+
+A mechanism overrides `attend` (how queries, keys and values meet) and, where it costs or keeps something else than softmax
+attention does, the closed forms of its spec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from headwise.cache import LayerCache
+from headwise.dims import Dims
+from headwise.errors import Problem
+from headwise.kernels import naive_wanted
+from headwise.kernels.attention import naive, sdpa
+from headwise.position import Encoding
+from headwise.registry import ComponentSpec
+
+
+class AttentionSpec(ComponentSpec):
+    """Fields of every attention: `kv_heads` (None: n_heads), `head_dim` (None: d_model / n_heads), `bias` and `dropout`
+    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3)."""
+
+    kv_heads: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    bias: bool | None = None
+    qk_norm: bool = False
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+    def heads(self, dims: Dims) -> tuple[int, int, int]:
+        """(n_heads, kv_heads, head_dim) in force."""
+        return dims.n_heads, self.kv_heads or dims.n_heads, self.head_dim or dims.head_dim
+
+    def has_bias(self, dims: Dims) -> bool:
+        """Whether the projections have biases."""
+        return dims.bias if self.bias is None else self.bias
+
+    def check(self, dims: Dims) -> list[Problem]:
+        problems = []
+        if self.head_dim is None and dims.d_model % dims.n_heads:
+            problems.append(
+                Problem("head_dim", f"d_model={dims.d_model} does not divide by n_heads={dims.n_heads}; give head_dim")
+            )
+        if dims.n_heads % (self.kv_heads or 1):
+            options = [k for k in range(1, dims.n_heads + 1) if dims.n_heads % k == 0]
+            problems.append(
+                Problem("kv_heads", f"{self.kv_heads} does not divide n_heads={dims.n_heads}; allowed: {options}")
+            )
+        return problems
+
+    def param_count(self, dims: Dims) -> int:
+        H, K, D = self.heads(dims)
+        matrices = 2 * dims.d_model * (H + K) * D
+        biases = (H + 2 * K) * D + dims.d_model if self.has_bias(dims) else 0
+        return matrices + biases + (2 * D if self.qk_norm else 0)
+
+    def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
+        H, K, D = self.heads(dims)
+        return 2 * 2 * dims.d_model * (H + K) * D + 2 * 2 * H * D * self.keys_seen(context, causal=causal)
+
+    def keys_seen(self, context: int, *, causal: bool) -> float:
+        """Keys that a query meets, on average over `context` positions; a causal triangle counts as exactly half."""
+        return context / 2 if causal else float(context)
+
+    def kv_numbers_per_token(self, dims: Dims) -> int:
+        """Numbers that one layer's cache keeps for one token."""
+        _, K, D = self.heads(dims)
+        return 2 * K * D
+
+    def tokens_cached(self, context: int) -> int:
+        """Tokens whose keys and values are still needed after `context` tokens."""
+        return context
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer is told of the tokens besides their vectors.
+
+    Attributes:
+        causal: whether a token sees only itself and those before it.
+        encoding: the position code, made ready for this pass's tokens.
+        segments: int64 (queries [B,T], keys [B,S]); a token sees only keys of its own segment.
+        cache: where this layer keeps what later tokens need.
+    """
+
+    causal: bool = False
+    encoding: Encoding = field(default_factory=Encoding)
+    segments: tuple[Tensor, Tensor] | None = None
+    cache: LayerCache | None = None
+
+
+class Attention(nn.Module):
+    """Projections around a mechanism's `attend`.
+
+    `wq`: C → H·D, `wk` and `wv`: C → K·D, `wo`: H·D → C.
+    """
+
+    def __init__(self, spec: AttentionSpec, dims: Dims) -> None:
+        super().__init__()
+        self.spec = spec
+        self.n_heads, self.kv_heads, self.head_dim = H, K, D = spec.heads(dims)
+        bias = spec.has_bias(dims)
+        self.wq = nn.Linear(dims.d_model, H * D, bias=bias)
+        self.wk = nn.Linear(dims.d_model, K * D, bias=bias)
+        self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
+        self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+        self.dropout = dims.dropout if spec.dropout is None else spec.dropout
+        self.out_dropout = dims.dropout
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        context: Context | None = None,
+        memory_BSC: Tensor | None = None,
+        return_attention_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix the tokens of `x_BTC`, or look from them at `memory_BSC` (cross-attention).
+
+        Args:
+            x_BTC: float [B,T,C].
+            attn_mask: added to the scores (or True = keep, where boolean), broadcast to [B,H,T,S].
+            context: causality, positions, segments and cache; without it, plain bidirectional attention.
+            memory_BSC: float [B,S,C], what keys and values are made of in place of x.
+            return_attention_weights: also return the weights [B,H,T,S]; this runs the readable form.
+        """
+        context = context or Context()
+        source = x_BTC if memory_BSC is None else memory_BSC
+        q_BHTD = self._split(self.wq(x_BTC), self.n_heads)
+        k_BKSD, v_BKSD = self._split(self.wk(source), self.kv_heads), self._split(self.wv(source), self.kv_heads)
+        if self.spec.qk_norm:
+            q_BHTD, k_BKSD = self.q_norm(q_BHTD), self.k_norm(k_BKSD)
+        if memory_BSC is None:
+            q_BHTD, k_BKSD = context.encoding.rotate(q_BHTD), context.encoding.rotate(k_BKSD)
+        if context.cache is not None:
+            k_BKSD, v_BKSD = context.cache.append(k_BKSD, v_BKSD)
+        y_BHTD, weights = self.attend(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, return_attention_weights)
+        y_BTC = self.wo(y_BHTD.transpose(1, 2).flatten(2))
+        if self.out_dropout:
+            y_BTC = F.dropout(y_BTC, self.out_dropout, self.training)
+        return y_BTC, weights
+
+    def _split(self, x: Tensor, n_heads: int) -> Tensor:
+        """[B,T,heads·D] → [B,heads,T,D]."""
+        return x.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)
+
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        context: Context,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """How queries, keys and values meet: [B,H,T,D], and the weights where they are wanted."""
+        return self.softmax(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, need_weights)
+
+    def softmax(
+        self,
+        q_BHTD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        context: Context,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+        *,
+        window: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax attention by the fused kernel; by the readable one inside `kernels.naive()` or when weights are wanted."""
+        scale = self.head_dim**-0.5
+        encoding, segments = context.encoding, context.segments
+        if naive_wanted() or need_weights:
+            y, weights = naive.attention(
+                q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=window,
+                bias_HTS=encoding.bias(q_BHTD, 0, q_BHTD.shape[2]), segments=segments, attn_mask=attn_mask,
+            )  # fmt: skip
+            return (y, weights) if need_weights else (y, None)
+        y = sdpa.attention(
+            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=window,
+            bias_factors=encoding.bias_factors(q_BHTD) if context.causal else None,
+            bias_rows=None if context.causal else encoding.bias,
+            segments=segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return y, None

@@ -1,0 +1,50 @@
+"""Sliding-window attention (Mistral; document 002): a query sees the `window` nearest keys, its own included.
+
+Causal: 0 ≤ i − j < window, as Mistral counts. Bidirectional: |i − j| < window. Queries go in blocks, each with the keys it can
+reach, so time and memory are O(T·window), not O(T²).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from headwise.attention.base import Attention, AttentionSpec, Context
+from headwise.registry import register_attention
+
+
+class WindowSpec(AttentionSpec):
+    """Softmax attention to the nearest `window` keys only, the query's own among them."""
+
+    kind: Literal["window"] = "window"
+    positional: ClassVar[tuple[str, ...]] = ("window",)
+    window: int = Field(gt=0)
+
+    def keys_seen(self, context: int, *, causal: bool) -> float:
+        window = min(self.window, context)
+        one_side = window - window**2 / (2 * context)
+        return one_side if causal else 2 * one_side
+
+    def tokens_cached(self, context: int) -> int:
+        return min(self.window, context)
+
+
+@register_attention(WindowSpec)
+class WindowAttention(Attention):
+    """Softmax attention inside a window."""
+
+    spec: WindowSpec
+
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        context: Context,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        window = self.spec.window
+        return self.softmax(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, need_weights, window=window)

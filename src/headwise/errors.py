@@ -1,0 +1,87 @@
+"""The errors a user may meet. Every one says what was given, what is allowed and what to do, in one line a problem.
+
+The command line prints them as `error: …` and exits non-zero; nothing else is caught, so a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class HeadwiseError(Exception):
+    """Anything a user can cause and can mend. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a specification: which field, what stood there, what may stand there."""
+
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class SpecError(HeadwiseError, ValueError):
+    """A line, YAML text, flag or keyword that describes no architecture. Carries *all* problems found.
+
+    It is a ValueError too, so that pydantic collects it with the other fields' problems.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem] | str, *, where: str = "") -> None:
+        self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)
+        self.where = where
+        lines = [str(p) for p in self.problems]
+        head = f"in {where!r}: " if where else ""
+        if len(lines) > 1:
+            text = f"{head}{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
+        else:
+            text = head + "".join(lines)
+        super().__init__(text)
+
+
+class RegistryError(HeadwiseError):
+    """A name registered twice, or a plug-in that cannot be loaded."""
+
+
+class SettingsError(HeadwiseError):
+    """A setting (keyword or flag) out of its range, or two that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(HeadwiseError):
+    """Text that cannot be read: missing, empty, wrongly encoded, or with a vocabulary too large."""
+
+
+class FormatError(HeadwiseError):
+    """A model or checkpoint file that is truncated, malformed or not ours."""
+
+
+class TrainingError(HeadwiseError):
+    """Training that cannot go on: NaN or infinite loss or gradients, named by step and layer."""
+
+
+class Interrupted(HeadwiseError):
+    """Ctrl-C: what was reached is saved, and the message says how to go on."""
+
+    exit_code = 130
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest allowed spelling, or the empty string."""
+    close = difflib.get_close_matches(str(name).lower(), list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_of(name: object, allowed: Iterable[str], what: str = "name") -> str:
+    """A sentence for an unknown name: what was given, the nearest spelling, and what is allowed."""
+    options = sorted(allowed)
+    return f"unknown {what} {name!r}{nearest(str(name), options)}; allowed: {', '.join(options)}"

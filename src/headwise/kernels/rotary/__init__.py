@@ -1,0 +1,1 @@
+"""Rotary position embedding: turning pairs of dimensions by an angle that grows with the position."""

@@ -1,0 +1,138 @@
+"""What decoder, encoder and encoder–decoder share: a stack of blocks, and token embeddings with an output head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from headwise.attention import AttentionSpec, Context
+from headwise.cache import ContiguousCache
+from headwise.errors import HeadwiseError
+from headwise.model.block import Block
+from headwise.position import Encoding, Position
+from headwise.registry import NORM, POSITION, Pattern
+from headwise.spec import ModelSpec
+
+
+def segment_positions(segments_BS: Tensor) -> Tensor:
+    """Positions that start again at 0 with every run of one segment: int64 [B,S] → [B,S]."""
+    index = torch.arange(segments_BS.shape[1], device=segments_BS.device).expand_as(segments_BS)
+    starts = torch.ones_like(segments_BS, dtype=torch.bool)
+    starts[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    return index - (index * starts).cummax(dim=1).values
+
+
+class Stack(nn.Module):
+    """Blocks with their position codes and the final norm: vectors [B,T,C] → [B,T,C]."""
+
+    def __init__(self, spec: ModelSpec, n_layers: int, *, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        dims = spec.dims
+        self.causal = causal
+        self.activation_checkpointing = False
+        codes = spec.position.items if isinstance(spec.position, Pattern) else (spec.position,)
+        self.positions = nn.ModuleList(POSITION.build(code, dims) for code in codes)
+        self.blocks = nn.ModuleList(Block(spec, dims, layer, cross=cross) for layer in range(n_layers))
+        self.final_norm = NORM.build(spec.norm.at(n_layers), dims) if spec.order != "post" else nn.Identity()
+        specs = [spec.attention.at(layer) for layer in range(n_layers)]
+        self.head_dims = [a.heads(dims)[2] if isinstance(a, AttentionSpec) else dims.head_dim for a in specs]
+
+    def place(self, x_BTC: Tensor, positions: Tensor, seq_len: int) -> Tensor:
+        """Embeddings with absolute positions added, where the code does that; refuses lengths it cannot place."""
+        for code in self._codes():
+            code.check_length(seq_len)
+            x_BTC = code.embed(x_BTC, positions)
+        return x_BTC
+
+    def _codes(self) -> Sequence[Position]:
+        return list(self.positions)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        positions: Tensor,
+        *,
+        segments: tuple[Tensor, Tensor] | None = None,
+        cache: ContiguousCache | None = None,
+        memory_BSC: Tensor | None = None,
+        memory_segments: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the blocks on new tokens at `positions`; `memory_BSC` is what cross-attention looks at."""
+        seq_len = x_BTC.shape[1] + (cache.length if cache is not None else 0)
+        codes = self._codes()
+        encodings: dict[tuple[int, int], Encoding] = {}
+        memory_context = Context(segments=memory_segments)
+        for layer, block in enumerate(self.blocks):
+            key = (layer % len(codes), self.head_dims[layer])
+            if key not in encodings:
+                encodings[key] = codes[key[0]].encode(positions, seq_len, key[1])
+            context = Context(
+                causal=self.causal,
+                encoding=encodings[key],
+                segments=segments,
+                cache=cache.layers[layer] if cache is not None else None,
+            )
+            args = (x_BTC, context, memory_BSC, memory_context)
+            if self.activation_checkpointing and self.training:
+                x_BTC = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x_BTC = block(*args)
+        return self.final_norm(x_BTC)
+
+
+class LanguageModel(nn.Module):
+    """Token embeddings in, logits out; subclasses say what stands between.
+
+    Attributes:
+        spec: the resolved spec the module was built from.
+        activation_checkpointing: recompute each block in the backward pass in place of keeping its activations.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        dims = spec.dims
+        self.embedding = nn.Embedding(dims.vocab_size, dims.d_model)
+        self.embedding_norm = NORM.build(spec.norm.at(0), dims) if spec.embedding_norm else nn.Identity()
+        self.embedding_scale = math.sqrt(dims.d_model) if spec.scale_embeddings else None
+        self.head = nn.Linear(dims.d_model, dims.vocab_size, bias=spec.head_bias)
+        if spec.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.dropout = dims.dropout
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return any(m.activation_checkpointing for m in self.modules() if isinstance(m, Stack))
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.activation_checkpointing = wanted
+
+    def embed(self, ids_BT: Tensor, stack: Stack, positions: Tensor, seq_len: int) -> Tensor:
+        """Token ids, int64 [B,T], to the vectors that enter the stack, float [B,T,C].
+
+        Raises:
+            HeadwiseError: the ids are not int64 [B,T].
+        """
+        x_BTC = self.embedding(ids_BT)
+        if self.embedding_scale is not None:
+            x_BTC = x_BTC * self.embedding_scale
+        x_BTC = stack.place(self.embedding_norm(x_BTC), positions, seq_len)
+        return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
+
+
+def check_ids(ids: Tensor, name: str = "ids") -> None:
+    """Refuse token ids that are not int64 [B,T] with at least one token.
+
+    Raises:
+        HeadwiseError: naming what came and what is wanted.
+    """
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.shape[1] == 0:
+        raise HeadwiseError(f"{name} must be integers of shape [B,T] with T ≥ 1, not {ids.dtype} {list(ids.shape)}")

@@ -1,0 +1,79 @@
+"""One layer: attention and feed-forward around the residual stream, in one of four orders (document 001).
+
+* `pre`:      x += f(norm(x)), a final norm after the last layer (GPT-2, Llama)
+* `post`:     x = norm(x + f(x)), no final norm (Vaswani et al. 2017, GPT-1)
+* `sandwich`: x += norm(f(norm(x))), a final norm (CogView, Gemma 2)
+* `parallel`: x += attention(h) + ffn(h), h = norm(x), a final norm (GPT-J, Falcon)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from headwise.attention import Context
+from headwise.dims import Dims
+from headwise.registry import ATTENTION, FFN, NORM
+from headwise.spec import ModelSpec
+
+
+class Block(nn.Module):
+    """Layer `layer` of the model `spec` describes; `cross` adds a cross-attention between attention and feed-forward."""
+
+    def __init__(self, spec: ModelSpec, dims: Dims, layer: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.order = spec.order
+
+        def norm() -> nn.Module:
+            return NORM.build(spec.norm.at(layer), dims)
+
+        self.attention = ATTENTION.build(spec.attention.at(layer), dims)
+        self.ffn = FFN.build(spec.ffn.at(layer), dims)
+        self.attention_norm = norm()
+        if self.order != "parallel":
+            self.ffn_norm = norm()
+        if self.order == "sandwich":
+            self.attention_out_norm, self.ffn_out_norm = norm(), norm()
+        self.cross_attention = None
+        if cross:
+            self.cross_attention = ATTENTION.build(spec.cross_attention, dims)
+            self.cross_norm = norm()
+            if self.order == "sandwich":
+                self.cross_out_norm = norm()
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        context: Context,
+        memory_BSC: Tensor | None = None,
+        memory_context: Context | None = None,
+    ) -> Tensor:
+        """x [B,T,C] → [B,T,C]; `memory_BSC` is what cross-attention looks at, left out where there is none."""
+
+        def attend(h_BTC: Tensor) -> Tensor:
+            return self.attention(h_BTC, context=context)[0]
+
+        def look(h_BTC: Tensor) -> Tensor:
+            assert self.cross_attention is not None
+            return self.cross_attention(h_BTC, context=memory_context, memory_BSC=memory_BSC)[0]
+
+        if self.order == "parallel":
+            h_BTC = self.attention_norm(x_BTC)
+            y_BTC = attend(h_BTC) + self.ffn(h_BTC)
+            if self.cross_attention is not None and memory_BSC is not None:
+                y_BTC = y_BTC + look(self.cross_norm(x_BTC))
+            return x_BTC + y_BTC
+        x_BTC = self._around(x_BTC, attend, "attention")
+        if self.cross_attention is not None and memory_BSC is not None:
+            x_BTC = self._around(x_BTC, look, "cross")
+        return self._around(x_BTC, self.ffn, "ffn")
+
+    def _around(self, x_BTC: Tensor, f: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        norm = getattr(self, f"{name}_norm")
+        if self.order == "post":
+            return norm(x_BTC + f(x_BTC))
+        y_BTC = f(norm(x_BTC))
+        if self.order == "sandwich":
+            y_BTC = getattr(self, f"{name}_out_norm")(y_BTC)
+        return x_BTC + y_BTC

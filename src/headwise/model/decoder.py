@@ -1,0 +1,46 @@
+"""The causal decoder and the bidirectional encoder: one stack, with or without the causal mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.cache import ContiguousCache
+from headwise.errors import HeadwiseError
+from headwise.model.base import LanguageModel, Stack, check_ids, segment_positions
+from headwise.spec import ModelSpec
+
+
+class Decoder(LanguageModel):
+    """A stack of blocks between embedding and head. `spec.architecture` "encoder" leaves the causal mask out."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.stack = Stack(spec, spec.dims.n_layers, causal=spec.causal)
+
+    def forward(
+        self, ids_BT: Tensor, *, segments: Tensor | None = None, cache: ContiguousCache | None = None
+    ) -> Tensor:
+        """Logits [B,T,V] of token ids int64 [B,T].
+
+        Args:
+            ids_BT: the new tokens.
+            segments: int64 [B,T]; a token sees only its own segment, and positions start again with each. Documents packed in
+                a row, or padding, are segments of their own.
+            cache: what earlier calls left; the new tokens follow those held, and are added.
+
+        Raises:
+            HeadwiseError: wrong shapes, more tokens than a learned position table has rows, or a cache for an encoder.
+        """
+        check_ids(ids_BT)
+        T = ids_BT.shape[1]
+        if cache is not None and not self.spec.causal:
+            raise HeadwiseError("a bidirectional encoder has no cache: every token sees those after it too")
+        past = cache.length if cache is not None else 0
+        keys_BS = cache.append_segments(segments, T) if cache is not None else segments
+        if keys_BS is None:
+            positions, pair = torch.arange(past, past + T, device=ids_BT.device), None
+        else:
+            positions, pair = segment_positions(keys_BS)[:, past:], (keys_BS[:, past:], keys_BS)
+        x_BTC = self.embed(ids_BT, self.stack, positions, past + T)
+        return self.head(self.stack(x_BTC, positions, segments=pair, cache=cache))

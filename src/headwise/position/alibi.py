@@ -1,0 +1,81 @@
+"""ALiBi (Press et al. 2022; document 001): a penalty on the score that grows with the distance.
+
+bias_ij = −m_h·(i − j), with a fixed slope m_h a head. For H a power of two, m_h = 2^(−8(h+1)/H); for other H, the slopes
+of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule).
+
+**Fast form.** The bias is a sum of a term in i and a term in j, so it rides on two extra dimensions of q and k
+(see `kernels/attention/sdpa.py`). In half precision j is split into two parts that are exact there, and so is m_h.
+For bidirectional attention |i − j| does not split; the bias −m_h·|i − j| is then written out, a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headwise.dims import Dims
+from headwise.position.base import Encoding, Position, PositionSpec
+from headwise.registry import register_position
+
+
+class ALiBiSpec(PositionSpec):
+    """Scores fall linearly with distance, one fixed slope a head (BLOOM); no length limit, no parameters."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+def slopes(n_heads: int) -> list[float]:
+    """The slope m_h of each head."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    first = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
+    between = [2.0 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]
+    return first + between
+
+
+class ALiBiEncoding(Encoding):
+    """Slopes, and the rows i and columns j of the scores of one pass."""
+
+    def __init__(self, slopes_H: Tensor, n_new: int, seq_len: int) -> None:
+        self.slopes_H = slopes_H
+        self.n_new, self.seq_len = n_new, seq_len
+
+    def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        half = x_BHTD.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if half else x_BHTD.dtype
+        m_H11 = self.slopes_H.to(dtype)[:, None, None]
+        j_S = torch.arange(self.seq_len, device=m_H11.device, dtype=dtype)
+        row_HT1 = -m_H11 * j_S[self.seq_len - self.n_new :, None]
+        ones_S = torch.ones_like(j_S)
+        if not half:
+            a, b = [row_HT1, m_H11.expand_as(row_HT1)], [ones_S, j_S]
+        else:
+            m_high = m_H11.to(x_BHTD.dtype).to(dtype)
+            j_high = (j_S / 256).floor() * 256
+            parts = [(m_high, j_high), (m_high, j_S - j_high), (m_H11 - m_high, j_high), (m_H11 - m_high, j_S - j_high)]
+            a = [row_HT1, *(m.expand_as(row_HT1) for m, _ in parts)]
+            b = [ones_S, *(j for _, j in parts)]
+        return torch.cat(a, dim=-1), torch.stack(b, dim=-1)
+
+    def bias(self, x_BHTD: Tensor, start: int, stop: int) -> Tensor:
+        j_S = torch.arange(self.seq_len, device=self.slopes_H.device)
+        i_T = j_S[self.seq_len - self.n_new :][start:stop]
+        distance_TS = (i_T[:, None] - j_S[None, :]).abs()
+        dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
+        return (-self.slopes_H.to(dtype)[:, None, None] * distance_TS).to(x_BHTD.dtype)
+
+
+@register_position(ALiBiSpec)
+class ALiBiPosition(Position):
+    """Slopes only; nothing is learned."""
+
+    slopes_H: Tensor
+
+    def __init__(self, spec: ALiBiSpec, dims: Dims) -> None:
+        super().__init__(spec, dims)
+        self.register_buffer("slopes_H", torch.tensor(slopes(dims.n_heads)), persistent=False)
+
+    def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> ALiBiEncoding:
+        return ALiBiEncoding(self.slopes_H, positions.shape[-1], seq_len)

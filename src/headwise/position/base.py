@@ -1,0 +1,57 @@
+"""What every position code offers: three places where it may act, each doing nothing unless a kind says otherwise."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from headwise.dims import Dims
+from headwise.errors import Problem
+from headwise.registry import ComponentSpec
+
+
+class PositionSpec(ComponentSpec):
+    """Base of the position codes' specs. `embeds` marks those that add to the token embeddings."""
+
+    embeds: ClassVar[bool] = False
+
+    def check_head(self, head_dim: int) -> list[Problem]:
+        """What is wrong with this code for heads of width `head_dim`; empty where nothing is."""
+        return []
+
+
+class Encoding:
+    """A position code made ready for the tokens of one forward pass; all layers share it."""
+
+    def rotate(self, x_BHTD: Tensor) -> Tensor:
+        """Queries or keys of the pass's new tokens, with their positions worked in."""
+        return x_BHTD
+
+    def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A causal bias on the scores as factors a [H,T,n], b [S,n] (bias_ij = a_i·b_j up to a constant in each row), for
+        tensors like `x_BHTD`; None for no bias."""
+        return None
+
+    def bias(self, x_BHTD: Tensor, start: int, stop: int) -> Tensor | None:
+        """The bias written out for the new tokens start…stop-1, [H,stop−start,S]; None for no bias."""
+        return None
+
+
+class Position(nn.Module):
+    """A position code. It is built once a model (once a pattern item) and shared by the layers."""
+
+    def __init__(self, spec: PositionSpec, dims: Dims) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def embed(self, x_BTC: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings with positions ([T] or [B,T], int64) added, where the code does that."""
+        return x_BTC
+
+    def check_length(self, seq_len: int) -> None:
+        """Refuse an input of `seq_len` tokens where the code cannot place them; by default there is no limit."""
+
+    def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> Encoding:
+        """Make ready for new tokens at `positions` ([T] or [B,T]) among `seq_len` tokens in all."""
+        return Encoding()

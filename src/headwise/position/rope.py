@@ -1,0 +1,222 @@
+"""Rotary position embedding (Su et al. 2021; documents 001 and 002).
+
+Pair n of a head's D dimensions is turned by the angle p·θ_n, θ_n = base^(−2n/D), so that q_i·k_j depends on i − j alone.
+`pairing="half"` joins n with n + D/2 (GPT-NeoX, Llama as Hugging Face stores it); `"interleaved"` joins 2n with 2n+1 (GPT-J,
+Meta's Llama). `partial_rotary_factor` turns only that share of the dimensions, the first ones.
+
+Scalings stretch a trained range, with Hugging Face's parameter names:
+
+* `linear(factor)`: positions divided by the factor (Chen et al. 2023);
+* `ntk(factor)`: base · factor^(D/(D−2)), which leaves fast pairs alone (the "NTK-aware" rule, fixed);
+* `dynamic(factor)`: the NTK rule by the current length, once past `original_max_position_embeddings`. The base then depends on
+  the length of the whole input, so past that length a model is no longer causal to the bit and cached keys keep the base they
+  were stored with, in Hugging Face's code as here;
+* `yarn(factor, …)`: slow pairs interpolated, fast ones not, a ramp between, and scores sharpened (Peng et al. 2023);
+* `llama3(factor, …)`: as Llama 3.1, the ramp set by wavelength.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+
+from headwise.dims import Dims
+from headwise.errors import Problem
+from headwise.kernels import naive_wanted
+from headwise.kernels.rotary import fast, naive
+from headwise.position.base import Encoding, Position, PositionSpec
+from headwise.registry import ARGS, register_position
+
+
+class Scaling(BaseModel):
+    """Base of the scalings: how the frequencies θ and the size of the rotation change; here, not at all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    factor: float = Field(gt=0)
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        """The changed frequencies, from those of the plain rule."""
+        return theta_N
+
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+
+class LinearScaling(Scaling):
+    """Positions divided by `factor`."""
+
+    kind: Literal["linear"] = "linear"
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        return theta_N / self.factor
+
+
+class NTKScaling(Scaling):
+    """A larger base, fixed."""
+
+    kind: Literal["ntk"] = "ntk"
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        return _theta(base * self.factor ** (rotary_dim / (rotary_dim - 2)), rotary_dim, theta_N)
+
+
+class DynamicScaling(Scaling):
+    """A larger base once the input is longer than the trained length."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    original_max_position_embeddings: int = Field(gt=0)
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        longer = max(seq_len, self.original_max_position_embeddings) / self.original_max_position_embeddings
+        stretch = self.factor * longer - (self.factor - 1)
+        return _theta(base * stretch ** (rotary_dim / (rotary_dim - 2)), rotary_dim, theta_N)
+
+
+class YarnScaling(Scaling):
+    """Pairs that turn fewer than `beta_slow` times in the trained length are interpolated, over `beta_fast` times not."""
+
+    kind: Literal["yarn"] = "yarn"
+    original_max_position_embeddings: int = Field(gt=0)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        def pair_turning(turns: float) -> float:
+            length = self.original_max_position_embeddings
+            return rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = pair_turning(self.beta_fast), pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        n = torch.arange(len(theta_N), device=theta_N.device, dtype=theta_N.dtype)
+        ramp = ((n - low) / max(high - low, 0.001)).clamp(0, 1)
+        return theta_N / self.factor * ramp + theta_N * (1 - ramp)
+
+    def amplitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def sharpen(mscale: float) -> float:
+            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return sharpen(self.mscale) / sharpen(self.mscale_all_dim)
+        return sharpen(1.0)
+
+
+class Llama3Scaling(Scaling):
+    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1)."""
+
+    kind: Literal["llama3"] = "llama3"
+    original_max_position_embeddings: int = Field(gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        turns = self.original_max_position_embeddings * theta_N / (2 * math.pi)
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return theta_N / self.factor * (1 - keep) + theta_N * keep
+
+
+def _scaling(value: Any) -> Any:
+    """`linear(2)` and bare names, as the line grammar hands them over."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, dict) and ARGS in value:
+        rest = {k: v for k, v in value.items() if k != ARGS}
+        return {**dict(zip(("factor",), value[ARGS])), **rest}
+    return value
+
+
+AnyScaling = Annotated[
+    LinearScaling | NTKScaling | DynamicScaling | YarnScaling | Llama3Scaling, Field(discriminator="kind")
+]
+
+
+class RoPESpec(PositionSpec):
+    """Rotary embedding: queries and keys turned by their position (Llama, GPT-NeoX, GPT-J); no length limit."""
+
+    kind: Literal["rope"] = "rope"
+    base: float = Field(10000.0, gt=1)
+    pairing: Literal["half", "interleaved"] = "half"
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
+    scaling: Annotated[AnyScaling | None, BeforeValidator(_scaling)] = None
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    def check_head(self, head_dim: int) -> list[Problem]:
+        """RoPE turns pairs, so an even number of dimensions must turn."""
+        turned = self.rotary_dim(head_dim)
+        if turned % 2 or turned == 0:
+            return [
+                Problem(
+                    "position",
+                    f"rope turns pairs of dimensions, but head_dim={head_dim} with partial_rotary_factor="
+                    f"{self.partial_rotary_factor} leaves {turned}; choose d_model, n_heads or head_dim so that it is even",
+                )
+            ]
+        return []
+
+
+def _theta(base: float, rotary_dim: int, like: Tensor) -> Tensor:
+    n = torch.arange(0, rotary_dim, 2, device=like.device, dtype=like.dtype)
+    return base ** (-n / rotary_dim)
+
+
+class RoPEEncoding(Encoding):
+    """Angles of the pass's new tokens, their cosines and sines: [T,N], or [B,1,T,N] where rows differ."""
+
+    def __init__(self, angles: Tensor, amplitude: float, interleaved: bool) -> None:
+        self.angles, self.amplitude, self.interleaved = angles, amplitude, interleaved
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def rotate(self, x_BHTD: Tensor) -> Tensor:
+        if naive_wanted():
+            turned = 2 * self.angles.shape[-1]
+            scaled = torch.cat([x_BHTD[..., :turned] * self.amplitude, x_BHTD[..., turned:]], -1)
+            return naive.rotate(scaled, self.angles.to(x_BHTD.dtype), interleaved=self.interleaved)
+        # In half precision the cosines would blur far positions: turn in float32, round once.
+        dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
+        cos, sin = self._table(dtype)
+        return fast.rotate(x_BHTD.to(dtype), cos, sin, interleaved=self.interleaved).to(x_BHTD.dtype)
+
+    def _table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self._tables:
+            cos, sin = self.angles.cos() * self.amplitude, self.angles.sin() * self.amplitude
+            self._tables[dtype] = cos.to(dtype), sin.to(dtype)
+        return self._tables[dtype]
+
+
+@register_position(RoPESpec)
+class RoPEPosition(Position):
+    """Turns queries and keys. Angles are computed for each pass, in float64 before the cosine, so there is no table to outgrow."""
+
+    spec: RoPESpec
+
+    def __init__(self, spec: RoPESpec, dims: Dims) -> None:
+        super().__init__(spec, dims)
+
+    def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> RoPEEncoding:
+        spec, rotary_dim = self.spec, self.spec.rotary_dim(head_dim)
+        exact = torch.float32 if positions.device.type == "mps" else torch.float64
+        theta_N = _theta(spec.base, rotary_dim, torch.empty(0, device=positions.device, dtype=exact))
+        amplitude = 1.0
+        if spec.scaling is not None:
+            theta_N = spec.scaling.frequencies(theta_N, spec.base, rotary_dim, seq_len)
+            amplitude = spec.scaling.amplitude()
+        angles = positions[..., None].to(exact) * theta_N
+        if angles.dim() == 3:
+            angles = angles[:, None]
+        return RoPEEncoding(angles, amplitude, spec.pairing == "interleaved")
