@@ -1,7 +1,7 @@
 """The open registry of mechanisms: attention, position, norm and feed-forward, each found by its `kind`.
 
-A mechanism is one file: a `ComponentSpec` (what may be written in a line) and a class built from it. The decorator joins
-the two under the spec's kind or kinds:
+A mechanism is one file: a `ComponentSpec` (what may be written in a line) and a class built from it. The decorator
+joins the two under the spec's kind or kinds:
 
     class SigmoidSpec(AttentionSpec):
         kind: Literal["sigmoid"] = "sigmoid"
@@ -317,7 +317,9 @@ def _build(registry: Registry, kind: str, d_model: int, n_heads: int, fields: di
 
 
 def get_attention(kind: str, *, d_model: int, n_heads: int, **fields: Any) -> Any:
-    """An attention module by name: `get_attention("gqa", d_model=768, n_heads=12, kv_heads=4)(x) → (out, weights | None)`."""
+    """An attention module by name: `get_attention("gqa", d_model=768, n_heads=12, kv_heads=4)(x) → (out, weights |
+    None)`.
+    """
     return _build(ATTENTION, kind, d_model, n_heads, fields)
 
 

@@ -1,7 +1,7 @@
 """What attention mechanisms share: query, key, value and output projections, head widths, positions, the cache.
 
-A mechanism overrides `attend` (how queries, keys and values meet) and, where it costs or keeps something else than softmax
-attention does, the closed forms of its spec.
+A mechanism overrides `attend` (how queries, keys and values meet) and, where it costs or keeps something else than
+softmax attention does, the closed forms of its spec.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class Attention(nn.Module):
         *,
         window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention by the fused kernel; by the readable one inside `kernels.naive()` or when weights are wanted."""
+        """Softmax attention by the fused kernel; by the readable one inside `kernels.naive()` or when weights are
+        wanted.
+        """
         scale = self.head_dim**-0.5
         encoding, segments = context.encoding, context.segments
         if naive_wanted() or need_weights:

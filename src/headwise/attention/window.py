@@ -1,7 +1,7 @@
 """Sliding-window attention (Mistral; document 002): a query sees the `window` nearest keys, its own included.
 
-Causal: 0 ≤ i − j < window, as Mistral counts. Bidirectional: |i − j| < window. Queries go in blocks, each with the keys it can
-reach, so time and memory are O(T·window), not O(T²).
+Causal: 0 ≤ i − j < window, as Mistral counts. Bidirectional: |i − j| < window. Queries go in blocks, each with the
+keys it can reach, so time and memory are O(T·window), not O(T²).
 """
 
 from __future__ import annotations

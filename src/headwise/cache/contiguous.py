@@ -60,7 +60,7 @@ class ContiguousCache:
         return sum(layer.n_bytes for layer in self.layers)
 
     def append_segments(self, segments_BT: Tensor | None, n_new: int) -> Tensor | None:
-        """Remember the segments of `n_new` new tokens and return those of all positions [B,S]; None while none were given.
+        """Remember the segments of `n_new` new tokens; return those of all positions [B,S], None while none were given.
 
         Call it before the layers append. Tokens without segments continue their row's last one.
         """

@@ -1,4 +1,6 @@
-"""The plain feed-forward (Vaswani et al. 2017; document 001): y = W_out σ(W_in x), hidden width 4·d_model by default."""
+"""The plain feed-forward (Vaswani et al. 2017; document 001): y = W_out σ(W_in x), hidden width 4·d_model by
+default.
+"""
 
 from __future__ import annotations
 

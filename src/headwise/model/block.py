@@ -19,7 +19,9 @@ from headwise.spec import ModelSpec
 
 
 class Block(nn.Module):
-    """Layer `layer` of the model `spec` describes; `cross` adds a cross-attention between attention and feed-forward."""
+    """Layer `layer` of the model `spec` describes; `cross` adds a cross-attention between attention and
+    feed-forward.
+    """
 
     def __init__(self, spec: ModelSpec, dims: Dims, layer: int, *, cross: bool = False) -> None:
         super().__init__()

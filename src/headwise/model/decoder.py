@@ -25,8 +25,8 @@ class Decoder(LanguageModel):
 
         Args:
             ids_BT: the new tokens.
-            segments: int64 [B,T]; a token sees only its own segment, and positions start again with each. Documents packed in
-                a row, or padding, are segments of their own.
+            segments: int64 [B,T]; a token sees only its own segment, and positions start again with each. Documents
+                packed in a row, or padding, are segments of their own.
             cache: what earlier calls left; the new tokens follow those held, and are added.
 
         Raises:

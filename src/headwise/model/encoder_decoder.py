@@ -42,8 +42,8 @@ class EncoderDecoder(LanguageModel):
 
         Args:
             ids_BT: the decoder's new tokens.
-            segments: int64 [B,T] of the decoder's tokens, as for a decoder; with `encoder_segments` a token also looks only at
-                what was read under its own segment number.
+            segments: int64 [B,T] of the decoder's tokens, as for a decoder; with `encoder_segments` a token also
+                looks only at what was read under its own segment number.
             cache: the decoder's cache; it also keeps what the encoder read, so later calls need no `encoder_ids`.
             encoder_ids: int64 [B,S], what the encoder reads. Without it the decoder writes with nothing to look at.
             encoder_segments: int64 [B,S] of the encoder's tokens.

@@ -1,12 +1,15 @@
-"""Initial values. Each tensor's depend only on (seed, its name, its shape, the scheme), so models share the values of the modules
-in which they agree, whatever else differs, and on whatever device they are built.
+"""Initial values.
+
+Each tensor's depend only on (seed, its name, its shape, the scheme), so models share the values of the modules in which
+they agree, whatever else differs, and on whatever device they are built.
 
 * `normal`: matrices and embeddings N(0, std²), biases 0, norms 1.
-* `gpt2`: as `normal`, but maps that write into the residual stream (`wo`, `w_out`) have std/√(2L), so that the stream's size does
-  not grow with the depth (Radford et al. 2019).
-* `xavier`: matrices uniform in ±√(6/(in+out)) (Glorot and Bengio 2010), embeddings N(0, 1/C), as the 2017 Transformer's.
+* `gpt2`: as `normal`, but maps that write into the residual stream (`wo`, `w_out`) have std/√(2L), so that the stream's
+  size does not grow with the depth (Radford et al. 2019).
+* `xavier`: matrices uniform in ±√(6/(in+out)) (Glorot and Bengio 2010), embeddings N(0, 1/C), as in 2017.
 
-A module with values of its own rule defines `initialise(generator)`; it is called in place of the scheme for its own tensors.
+A module with values of its own rule defines `initialise(generator)`; it is called in place of the scheme for its own
+tensors.
 """
 
 from __future__ import annotations

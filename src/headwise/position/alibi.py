@@ -1,11 +1,12 @@
 """ALiBi (Press et al. 2022; document 001): a penalty on the score that grows with the distance.
 
-bias_ij = −m_h·(i − j), with a fixed slope m_h a head. For H a power of two, m_h = 2^(−8(h+1)/H); for other H, the slopes
-of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule).
+bias_ij = −m_h·(i − j), with a fixed slope m_h a head. For H a power of two, m_h = 2^(−8(h+1)/H); for other H, the
+slopes of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule).
 
 **Fast form.** The bias is a sum of a term in i and a term in j, so it rides on two extra dimensions of q and k
 (see `kernels/attention/sdpa.py`). In half precision j is split into two parts that are exact there, and so is m_h.
-For bidirectional attention |i − j| does not split; the bias −m_h·|i − j| is then written out, a block of rows at a time.
+For bidirectional attention |i − j| does not split; the bias −m_h·|i − j| is then written out, a block of rows at a
+time.
 """
 
 from __future__ import annotations

@@ -29,8 +29,10 @@ class Encoding:
         return x_BHTD
 
     def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A causal bias on the scores as factors a [H,T,n], b [S,n] (bias_ij = a_i·b_j up to a constant in each row), for
-        tensors like `x_BHTD`; None for no bias."""
+        """A causal bias on the scores as factors a [H,T,n], b [S,n], for tensors like `x_BHTD`; None for no bias.
+
+        bias_ij = a_i·b_j, up to a constant in each row.
+        """
         return None
 
     def bias(self, x_BHTD: Tensor, start: int, stop: int) -> Tensor | None:

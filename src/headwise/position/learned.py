@@ -45,5 +45,5 @@ class LearnedPosition(Position):
         if seq_len > rows:
             raise HeadwiseError(
                 f"{seq_len} tokens, but the learned position table has max_seq_len={rows} rows; "
-                f"shorten the input, build with max_seq_len={seq_len}, or use position=rope or alibi, which have no limit"
+                f"shorten the input, build with max_seq_len={seq_len}, or use position=rope or alibi, which have none"
             )

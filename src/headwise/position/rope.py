@@ -1,16 +1,17 @@
 """Rotary position embedding (Su et al. 2021; documents 001 and 002).
 
-Pair n of a head's D dimensions is turned by the angle p·θ_n, θ_n = base^(−2n/D), so that q_i·k_j depends on i − j alone.
-`pairing="half"` joins n with n + D/2 (GPT-NeoX, Llama as Hugging Face stores it); `"interleaved"` joins 2n with 2n+1 (GPT-J,
-Meta's Llama). `partial_rotary_factor` turns only that share of the dimensions, the first ones.
+Pair n of a head's D dimensions is turned by the angle p·θ_n, θ_n = base^(−2n/D), so that q_i·k_j depends on i − j
+alone.
+`pairing="half"` joins n with n + D/2 (GPT-NeoX, Llama as Hugging Face stores it); `"interleaved"` joins 2n with 2n+1
+(GPT-J, Meta's Llama). `partial_rotary_factor` turns only that share of the dimensions, the first ones.
 
 Scalings stretch a trained range, with Hugging Face's parameter names:
 
 * `linear(factor)`: positions divided by the factor (Chen et al. 2023);
 * `ntk(factor)`: base · factor^(D/(D−2)), which leaves fast pairs alone (the "NTK-aware" rule, fixed);
-* `dynamic(factor)`: the NTK rule by the current length, once past `original_max_position_embeddings`. The base then depends on
-  the length of the whole input, so past that length a model is no longer causal to the bit and cached keys keep the base they
-  were stored with, in Hugging Face's code as here;
+* `dynamic(factor)`: the NTK rule by the current length, once past `original_max_position_embeddings`. The base then
+  depends on the length of the whole input, so past that length a model is no longer causal to the bit and cached keys
+  keep the base they were stored with, in Hugging Face's code as here;
 * `yarn(factor, …)`: slow pairs interpolated, fast ones not, a ramp between, and scores sharpened (Peng et al. 2023);
 * `llama3(factor, …)`: as Llama 3.1, the ramp set by wavelength.
 """
@@ -78,7 +79,9 @@ class DynamicScaling(Scaling):
 
 
 class YarnScaling(Scaling):
-    """Pairs that turn fewer than `beta_slow` times in the trained length are interpolated, over `beta_fast` times not."""
+    """Pairs that turn fewer than `beta_slow` times in the trained length are interpolated, over `beta_fast` times
+    not.
+    """
 
     kind: Literal["yarn"] = "yarn"
     original_max_position_embeddings: int = Field(gt=0)
@@ -164,7 +167,7 @@ class RoPESpec(PositionSpec):
                 Problem(
                     "position",
                     f"rope turns pairs of dimensions, but head_dim={head_dim} with partial_rotary_factor="
-                    f"{self.partial_rotary_factor} leaves {turned}; choose d_model, n_heads or head_dim so that it is even",
+                    f"{self.partial_rotary_factor} leaves {turned}; choose d_model, n_heads or head_dim to make it even",
                 )
             ]
         return []
@@ -201,7 +204,7 @@ class RoPEEncoding(Encoding):
 
 @register_position(RoPESpec)
 class RoPEPosition(Position):
-    """Turns queries and keys. Angles are computed for each pass, in float64 before the cosine, so there is no table to outgrow."""
+    """Turns queries and keys. Angles are computed anew for each pass, in float64, so there is no table to outgrow."""
 
     spec: RoPESpec
 

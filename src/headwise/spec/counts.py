@@ -1,7 +1,7 @@
 """What a model costs, in closed form: parameters by part, FLOPs a token, bytes of KV cache. Nothing is built.
 
-FLOPs count matrix products only (a multiply-add is 2), as torch's counter does; norms, activations and look-ups are left out.
-Causal scores count as exactly half of the full square. Training is three times the forward pass.
+FLOPs count matrix products only (a multiply-add is 2), as torch's counter does; norms, activations and look-ups are
+left out. Causal scores count as exactly half of the full square. Training is three times the forward pass.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def count(spec: ModelSpec, context: int | None = None) -> Counts:
 
     Args:
         spec: the architecture.
-        context: tokens in the context; None takes max_seq_len. For an encoder–decoder both sides read this many, and the
-            FLOPs are per decoder token, the encoder's included.
+        context: tokens in the context; None takes max_seq_len. For an encoder–decoder both sides read this many, and
+            the FLOPs are per decoder token, the encoder's included.
     """
     spec = spec if spec.is_resolved else spec.resolve()
     dims, context = spec.dims, context or spec.dims.max_seq_len

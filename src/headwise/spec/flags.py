@@ -1,7 +1,7 @@
 """Dotted flags on top of a line: `--model.attention.kind tva --model.attention.rank 4 --model.d_model 768`.
 
-Giving a component's kind starts it afresh, so the fields of the kind it replaces are dropped; a field alone changes that field.
-Document 000's spellings are aliases: `--attn.impl`, `--ffn.impl`, `--vft.rank`.
+Giving a component's kind starts it afresh, so the fields of the kind it replaces are dropped; a field alone changes
+that field. Document 000's spellings are aliases: `--attn.impl`, `--ffn.impl`, `--vft.rank`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ WORDS = {"true": True, "false": False}
 
 
 def parse(source: str | Mapping[str, Any] | ModelSpec | Path) -> ModelSpec:
-    """The spec of a line, of a YAML file (a path ending in .yaml or .yml), of a mapping with `preset`, or a spec itself.
+    """The spec of a line, a YAML file (a path ending in .yaml or .yml), a mapping with `preset`, or a spec itself.
 
     Raises:
         SpecError: all problems found, each with its field, what was given, what is allowed and the nearest spelling.
@@ -140,7 +140,7 @@ def _ordered(fields: dict[str, Any], positional: tuple[str, ...]) -> list[tuple[
 
 
 def read_value(text: str) -> Any:
-    """A value of the grammar: number, string, true/false/None, list, name (as a string), or call (as a mapping with `kind`).
+    """A value of the grammar: number, string, true/false/None, list, name (a string), or call (a mapping with `kind`).
 
     Raises:
         SpecError: too long, too deeply nested, or not of the grammar.

@@ -1,9 +1,10 @@
 """The one rule that turns a number of parameters into depth and width, for lines that leave them open.
 
-A layer of width C has about 12·C² weights. Among widths that are multiples of 64 and depths from 1 up, the rule takes the pair whose
-12·L·C² comes nearest the size in ratio, with a mild pull (a tenth of the log-ratio) towards C = 32·L, the shape of small models
-that train well; a field already given stays, and the others follow. Heads are 32 wide below C = 512 and 64 wide from there,
-in a number that divides C and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
+A layer of width C has about 12·C² weights (an encoder layer with its decoder layer 28·C²). Among widths that are
+multiples of 64 and depths from 1 up, the rule takes the pair whose 12·L·C² comes nearest the size in ratio, with a
+mild pull (a tenth of the log-ratio) towards C = 32·L, the shape of small models that train well; a field already
+given stays, and the others follow. Heads are 32 wide below C = 512 and 64 wide from there, in a number that divides C
+and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ from headwise.errors import Problem, SpecError
 
 
 def fill_widths(
-    d_model: int | None, n_layers: int | None, n_heads: int | None, kv_heads: int, n_params: int
+    d_model: int | None,
+    n_layers: int | None,
+    n_heads: int | None,
+    kv_heads: int,
+    n_params: int,
+    *,
+    per_layer: int = 12,
 ) -> dict[str, int]:
-    """d_model, n_layers and n_heads for about `n_params` parameters in the layers.
+    """d_model, n_layers and n_heads for about `n_params` parameters in layers of `per_layer`·d_model².
 
     Raises:
         SpecError: no number of heads fits the width.
     """
     if d_model is None or n_layers is None:
         step = 64 if n_heads is None else math.lcm(64, 2 * n_heads)
-        largest = 64 * max(1, math.ceil(math.sqrt(n_params / 12) / 64)) + step
+        largest = 64 * max(1, math.ceil(math.sqrt(n_params / per_layer) / 64)) + step
         widths = [d_model] if d_model else range(step, largest + 1, step)
         best: tuple[float, int, int] | None = None
         for width in widths:
-            ideal = n_params / (12 * width**2)
+            ideal = n_params / (per_layer * width**2)
             depths = [n_layers] if n_layers else sorted({max(1, math.floor(ideal)), max(1, math.ceil(ideal))})
             for depth in depths:
-                miss = abs(math.log(12 * depth * width**2 / n_params))
+                miss = abs(math.log(per_layer * depth * width**2 / n_params))
                 shape = abs(math.log(width / (32 * depth)))
                 best = min(filter(None, (best, (miss + 0.1 * shape, width, depth))))
         assert best is not None

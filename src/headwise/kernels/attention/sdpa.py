@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Query rows a masked call handles at once: bounds its mask to ROWS × S. A window shorter than this still pays for ROWS keys.
+# Query rows a masked call handles at once: bounds its mask to ROWS × S. A window shorter than this still pays for
+# ROWS keys.
 ROWS = 256
 
 
@@ -36,8 +37,9 @@ def attention(
 ) -> Tensor:
     """As `naive.attention`, with the bias as factors ([H,T,n], [S,n]) or as a function of a range of rows ([H,rows,S]).
 
-    One call of the fused kernel where nothing but causality masks. Otherwise blocks of query rows, each with the keys it can
-    reach, so a window costs O(T·window); a block's mask is made anew for the backward pass, so no T×S tensor is ever held.
+    One call of the fused kernel where nothing but causality masks. Otherwise blocks of query rows, each with the keys
+    it can reach, so a window costs O(T·window); a block's mask is made anew for the backward pass, so no T×S tensor
+    is ever held.
 
     Returns:
         [B,H,T,D], D the width of `v_BKSD`.
