@@ -166,8 +166,8 @@ class RoPESpec(PositionSpec):
             return [
                 Problem(
                     "position",
-                    f"rope turns pairs of dimensions, but head_dim={head_dim} with partial_rotary_factor="
-                    f"{self.partial_rotary_factor} leaves {turned}; choose d_model, n_heads or head_dim to make it even",
+                    f"rope turns pairs of dimensions, but head_dim={head_dim} with "
+                    f"partial_rotary_factor={self.partial_rotary_factor} leaves {turned}; change d_model, n_heads or head_dim to make it even",
                 )
             ]
         return []

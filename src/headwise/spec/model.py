@@ -163,9 +163,9 @@ class ModelSpec(BaseModel):
         Raises:
             SpecError: the size is malformed, or the widths do not fit the components.
         """
-        widths = fill_widths(
-            self.d_model, self.n_layers, self.n_heads, self._kv_heads(), parse_size(size or DEFAULT_SIZE)
-        )
+        per_layer = 28 if self.architecture == "encoder_decoder" else 12
+        n_params = parse_size(size or DEFAULT_SIZE)
+        widths = fill_widths(self.d_model, self.n_layers, self.n_heads, self._kv_heads(), n_params, per_layer=per_layer)
         encoder_layers = self.n_encoder_layers
         if self.architecture == "encoder_decoder" and encoder_layers is None:
             encoder_layers = widths["n_layers"]

@@ -1,10 +1,10 @@
 """The one rule that turns a number of parameters into depth and width, for lines that leave them open.
 
 A layer of width C has about 12·C² weights (an encoder layer with its decoder layer 28·C²). Among widths that are
-multiples of 64 and depths from 1 up, the rule takes the pair whose 12·L·C² comes nearest the size in ratio, with a
-mild pull (a tenth of the log-ratio) towards C = 32·L, the shape of small models that train well; a field already
-given stays, and the others follow. Heads are 32 wide below C = 512 and 64 wide from there, in a number that divides C
-and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
+multiples of 64 (of 128 from 512 on) and depths from 1 up, the rule takes the pair whose weights come nearest the size
+in ratio, with a pull (0.3 of the log-ratio) towards C = 32·L, the shape of small models that train well; a field
+already given stays, and the others follow. Heads are 32 wide below C = 512 and 64 wide from there, in a number that
+divides C and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fill_widths(
     if d_model is None or n_layers is None:
         step = 64 if n_heads is None else math.lcm(64, 2 * n_heads)
         largest = 64 * max(1, math.ceil(math.sqrt(n_params / per_layer) / 64)) + step
-        widths = [d_model] if d_model else range(step, largest + 1, step)
+        widths = [d_model] if d_model else [w for w in range(step, largest + 1, step) if w < 512 or w % 128 == 0]
         best: tuple[float, int, int] | None = None
         for width in widths:
             ideal = n_params / (per_layer * width**2)
@@ -39,7 +39,7 @@ def fill_widths(
             for depth in depths:
                 miss = abs(math.log(per_layer * depth * width**2 / n_params))
                 shape = abs(math.log(width / (32 * depth)))
-                best = min(filter(None, (best, (miss + 0.1 * shape, width, depth))))
+                best = min(filter(None, (best, (miss + 0.3 * shape, width, depth))))
         assert best is not None
         _, d_model, n_layers = best
     return {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads or _heads(d_model, kv_heads)}
