@@ -1,0 +1,75 @@
+"""The loss over a whole split, in nats a token and bits a byte."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwise.errors import DataError
+from headwise.train.objective import Objective, loss_sum, make_objective
+
+if TYPE_CHECKING:
+    from headwise.data import Tokens
+    from headwise.model.base import LanguageModel
+
+# Tokens of one evaluation batch: enough for full matrix products, few enough to stay in a CPU's cache.
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`nats` a counted token; `bits_per_byte` of UTF-8 text (None for a masked LM, which codes no text)."""
+
+    nats: float
+    bits_per_byte: float | None
+    n_tokens: int
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
+    """The context in which matrix products run in `dtype`; nothing for float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def evaluate(
+    model: LanguageModel,
+    tokens: Tokens,
+    *,
+    objective: Objective | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    dtype: str = "float32",
+) -> EvalResult:
+    """Mean cross-entropy over *every* target of the split, in windows of `seq_len` (default: the model's longest).
+
+    Bits a byte are nats a token × tokens ÷ (bytes × ln 2): comparable between tokenizers. A masked LM is
+    evaluated with the masks of seed 0, the same for every model. Draws no random numbers; leaves the mode as it was.
+    """
+    from headwise.data import eval_batches
+
+    seq_len = seq_len or model.spec.dims.max_seq_len
+    objective = objective or make_objective(model.spec, seed=0)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.inference_mode(), autocast(device, dtype):
+            batches = eval_batches(tokens, batch_size or max(1, TOKENS_PER_BATCH // seq_len), seq_len)
+            for index, batch in enumerate(batches):
+                example = objective(batch, index)
+                total += loss_sum(model, example.to(device)).item()
+                count += example.count()
+    finally:
+        model.train(was_training)
+    if not count:
+        raise DataError(f"the split of {len(tokens)} tokens holds nothing to predict; give more text")
+    nats = total / count
+    codes_text = model.spec.architecture != "encoder"
+    bits = nats * len(tokens) / (tokens.n_bytes * math.log(2)) if codes_text else None
+    return EvalResult(nats, bits, count)

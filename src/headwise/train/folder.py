@@ -1,0 +1,122 @@
+"""The folder of a run: what lies where, how one is begun, and when it must not be.
+
+OUT/run.json        the line, the resolved spec, the settings, the data's fingerprint, the environment
+OUT/tokenizer/      what turns text into the run's ids
+OUT/metrics.jsonl   the records
+OUT/checkpoints/    step-000300/ …
+OUT/result.json     the figures, when the run is finished
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headwise.errors import FormatError, SettingsError
+from headwise.io.atomic import atomic_dir, write_json
+from headwise.io.checkpoint import list_checkpoints, read_json
+from headwise.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from headwise.train.job import Job
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and papers of one run."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def result_json(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def check_free(self) -> None:
+        """`SettingsError` unless the folder is missing or empty: no run is ever written over."""
+        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+            return
+        if not self.run_json.exists():
+            raise SettingsError(f"out: {self.root} exists and is not empty; choose another folder")
+        checkpoints = list_checkpoints(self.checkpoints)
+        reached = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+        raise SettingsError(
+            f"out: {self.root} already holds a run (at step {reached}); "
+            f"go on with `headwise resume {self.root}`, or choose another --out"
+        )
+
+    def create(self, line: str, job: Job) -> None:
+        """Write run.json and the tokenizer, both or neither."""
+        spec, dataset = job.spec, job.dataset
+        self.check_free()
+        with atomic_dir(self.root) as folder:
+            dataset.tokenizer.save(folder / "tokenizer")
+            write_json(
+                folder / "run.json",
+                {
+                    "format": "headwise-run",
+                    "version": VERSION,
+                    "line": line,
+                    "resolved_line": str(spec),
+                    "spec": spec.model_dump(mode="json"),
+                    "settings": job.settings.model_dump(mode="json", exclude={"out"}),
+                    "data": {
+                        "name": dataset.name,
+                        "fingerprint": dataset.fingerprint,
+                        "train_tokens": len(dataset.train),
+                        "val_tokens": len(dataset.val),
+                    },
+                    "environment": environment(job.device),
+                },
+            )
+
+    def read(self) -> dict[str, Any]:
+        """run.json, checked for form; `FormatError` where the folder holds no run."""
+        if not self.run_json.exists():
+            raise FormatError(f"{self.root} holds no run: run.json is missing")
+        about = read_json(self.run_json, "headwise-run", VERSION)
+        kinds = {"line": str, "resolved_line": str, "settings": dict, "data": dict}
+        if bad := [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]:
+            raise FormatError(f"{self.run_json} is damaged: {', '.join(bad)} missing or of the wrong kind")
+        return about
+
+    def settings(self) -> TrainSettings:
+        """The run's settings, `out` being where the folder lies now."""
+        try:
+            return TrainSettings(**self.read()["settings"], out=self.root)
+        except SettingsError as error:
+            raise FormatError(f"{self.run_json}: settings: {error}") from None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures of a run depend on besides its settings."""
+    return {
+        "headwise": version("headwise"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,97 @@
+"""From a line and settings to the concrete thing to train: device, data and a spec that fit each other."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwise.errors import SettingsError
+from headwise.spec import ModelSpec, parse
+from headwise.train.objective import vocab_needed
+from headwise.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from headwise.data import Dataset
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, on what, and how. `spec` is resolved."""
+
+    spec: ModelSpec
+    settings: TrainSettings
+    dataset: Dataset
+    device: torch.device
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a `device` setting; `SettingsError` where this machine has none of that name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device  # "cuda" becomes "cuda:0"
+    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises differs by build
+        raise SettingsError(f"device: {name!r} is not on this machine; use auto or cpu") from None
+
+
+def pinned(settings: TrainSettings) -> TrainSettings:
+    """The settings with files they name as absolute paths, so that a run resumes from any working directory."""
+    files = {
+        name: str(Path(value).absolute())
+        for name in ("data", "tokenizer")
+        if (value := getattr(settings, name)) not in ("shakespeare", "char", "byte", "bpe") and Path(value).exists()
+    }
+    return settings.model_copy(update=files)
+
+
+def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | None = None) -> Job:
+    """Load the data and resolve the spec for it; `SettingsError` where settings, data and line do not go together."""
+    spec = parse(line) if isinstance(line, str) else line
+    device = resolve_device(settings.device)
+    if settings.dtype == "float16" and device.type != "cuda":
+        raise SettingsError(f"dtype: float16 needs a CUDA GPU, the device is {device}; use bfloat16 or float32")
+    if dataset is None:
+        from headwise.data import load_dataset
+
+        dataset = load_dataset(
+            settings.data, settings.tokenizer, text_column=settings.text_column, val_fraction=settings.val_fraction
+        )
+    needed = vocab_needed(spec.architecture, dataset.tokenizer.vocab_size)
+    size = settings.size or ("10m" if device.type == "cuda" else "1m")
+    spec = spec.resolve(size=size, vocab_size=needed, max_seq_len=settings.seq_len)
+    if spec.dims.vocab_size < needed:
+        mask = " and a mask" if spec.architecture == "encoder" else ""
+        raise SettingsError(
+            f"vocab_size: the line says {spec.dims.vocab_size}, the data need {needed} ids (the tokenizer's{mask}); "
+            f"leave vocab_size out or choose at least {needed}"
+        )
+    if spec.dims.max_seq_len < settings.seq_len:
+        raise SettingsError(
+            f"seq_len: {settings.seq_len} is more than the line's max_seq_len={spec.dims.max_seq_len}; "
+            f"choose at most {spec.dims.max_seq_len}"
+        )
+    return Job(spec, settings, dataset, device)
+
+
+def torch_state(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:
+    """Torch's global state for the time of a run: threads, seeds, deterministic kernels; on leaving, as before."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        torch.manual_seed(settings.seed)
+        if settings.threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(settings.threads)
+        if settings.deterministic and device.type == "cuda":  # on a CPU torch's kernels are deterministic as they are
+            environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may pick another sum order
+            stack.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        return stack.pop_all()
