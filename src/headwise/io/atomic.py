@@ -69,7 +69,7 @@ def atomic_dir(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
     """
     target = _real(path)
     with _reported(target):
-        if target.exists() and not target.is_dir():
+        if target.is_file():  # one look: a racing writer may move it between two
             raise WriteError(
                 f"cannot write the folder {str(target)!r}: a file of that name exists; choose another name"
             )
