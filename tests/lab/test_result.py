@@ -73,7 +73,7 @@ def test_a_newer_schema_asks_for_an_update(result: CompareResult, tmp_path: Path
     data = json.loads(result.save(tmp_path / "result.json").read_text(encoding="utf-8"))
     data |= {"schema_version": 2, "something_new": 1}
     (tmp_path / "result.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(FormatError, match="schema 2.*update headwise"):
+    with pytest.raises(FormatError, match=r"schema 2.*update headwise"):
         CompareResult.load(tmp_path)
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from headwise.lab.stats import MIN_SEEDS
 
@@ -162,6 +162,9 @@ def verdict(variant: VariantResult) -> str:
 COLUMNS = ("Line", "Params", "Loss", "Δ loss [95 %]", "p Holm", "Detectable", "Train", "Decode", "Memory", "Verdict")
 
 
+TERMINAL_COLUMNS = ("Line", "Params", "Loss", "Δ loss", "Train", "Decode", "Memory", "Verdict")
+
+
 def cells(result: CompareResult, variant: VariantResult) -> tuple[str, ...]:
     """One row of the summary, in the order of COLUMNS."""
     diff, ratios = variant.diff, variant.ratios
@@ -185,24 +188,62 @@ def cells(result: CompareResult, variant: VariantResult) -> tuple[str, ...]:
 
 
 def rich_table(result: CompareResult) -> Table:
-    """The summary for a terminal; columns that hold nothing are left out."""
+    """The summary for a terminal, spreads on a second line so that it fits 80 columns; empty columns are left out."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    rows = [cells(result, v) for v in result.variants]
-    shown = _filled(rows)
     n = len(result.seeds)
     table = Table(
-        title=Text(f"{len(rows) - 1} against {result.baseline}, {n} seed{'s' * (n != 1)}, {result.dataset.name}"),
-        caption=Text(f"validation loss in nats a token; margin ±{100 * result.margin:g} %, α = {result.alpha:g}"),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=Text(
+            f"{len(result.variants) - 1} against {result.baseline}, {n} seed{'s' * (n != 1)}, {result.dataset.name}"
+        ),
+        caption=Text(
+            f"loss: nats a token, validation; speed and memory: × baseline; margin ±{100 * result.margin:g} %"
+        ),
     )
+    rows = [_terminal_cells(result, v) for v in result.variants]
+    shown = [i for i in range(len(TERMINAL_COLUMNS)) if any(row[i] != NONE for row in rows)]
     for i in shown:
-        table.add_column(COLUMNS[i], justify="left" if i in (0, len(COLUMNS) - 1) else "right", overflow="fold")
+        name = TERMINAL_COLUMNS[i]
+        justify: Literal["left", "right"] = "left" if name in ("Line", "Verdict") else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "Line")
     for variant, row in zip(result.variants, rows, strict=True):
-        style = "" if variant.diff is None else _RICH_STYLE[variant.diff.verdict]
-        # Text, not markup: a line such as llama(pattern=[a]) must not be read as a style.
-        table.add_row(*(Text(row[i], style=style if i == len(COLUMNS) - 1 else "") for i in shown))
+        colour = "" if variant.diff is None else _RICH_STYLE[variant.diff.verdict]
+        # Text, not markup: a line that holds square brackets must not be read as a style.
+        table.add_row(*(Text(row[i], style=colour if TERMINAL_COLUMNS[i] == "Verdict" else "") for i in shown))
     return table
+
+
+def _terminal_cells(result: CompareResult, variant: VariantResult) -> tuple[str, ...]:
+    diff, ratios = variant.diff, variant.ratios
+    delta, decision = NONE, "baseline"
+    if diff is not None:
+        delta, decision = percent(diff.relative), f"{MARKS[diff.verdict]} {diff.verdict}"
+        ends = relative_interval(result, diff)
+        if ends is not None:
+            delta += f"\n± {50 * (ends[1] - ends[0]):.2f} %"
+        if diff.seeds_needed is not None:
+            decision += f"\n{'>' if diff.seeds_capped else '≈'}{diff.seeds_needed:,} more seeds"
+    return (
+        variant.label,
+        quantity(variant.params),
+        loss(variant.val_loss.mean),
+        delta,
+        *(_short_ratio(r) for r in (ratios.train, ratios.decode, ratios.memory)),
+        decision,
+    )
+
+
+def _short_ratio(value: Ratio | None) -> str:
+    if value is None:
+        return NONE
+    spread = "" if value.lo is None or value.hi is None else f"\n±{(value.hi - value.lo) / 2:.2f}"
+    return f"{value.ratio:.2f}×{spread}"
 
 
 def notebook_html(result: CompareResult) -> str:

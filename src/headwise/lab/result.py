@@ -251,11 +251,11 @@ class CompareResult(Setup):
             raise FormatError(f"{path}: not a comparison's result: {where}: {first['msg']}") from None
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as JSON, whole or not at all. A folder gets `result.json`."""
+        """Write JSON, whole or not at all, to a file ending in .json or to `result.json` in any other path."""
         from headwise.io.atomic import write_json
 
         path = Path(path)
-        if path.is_dir():
+        if path.suffix != ".json":
             path = path / "result.json"
         write_json(path, self.model_dump(mode="json"))
         return path

@@ -1,0 +1,112 @@
+"""The report of a comparison: one HTML file that needs nothing else, on a screen, a phone or paper, light or dark.
+
+It holds no script and its content security policy forbids it to load anything; all text of the result is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from headwise.lab import render
+from headwise.lab.report import plots
+from headwise.lab.result import CompareResult
+
+FILE_NAME = "report.html"
+_NAMES = {
+    "python": "Python",
+    "torch": "PyTorch",
+    "headwise": "Headwise",
+    "cpu": "CPU",
+    "cores": "Cores",
+    "os": "System",
+}
+
+
+def build_report(result: CompareResult, out: str | Path) -> Path:
+    """Write the report to `out` (a folder, which gets `report.html`, or a file ending in .html); returns its path.
+
+    Written whole or not at all. Raises headwise.io.atomic.WriteError where it cannot be written.
+    """
+    from headwise.io.atomic import write_text
+
+    path = Path(out)
+    if path.suffix != ".html":
+        path = path / FILE_NAME
+    write_text(path, report_html(result))
+    return path
+
+
+def report_html(result: CompareResult) -> str:
+    """The report as text; the same result always gives the same text."""
+    environment = Environment(
+        loader=PackageLoader("headwise.lab.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        loss=render.loss,
+        signed=render.signed,
+        percent=render.percent,
+        p_value=render.p_value,
+        quantity=render.quantity,
+        ratio=render.ratio,
+        duration=render.duration,
+        interval=render.interval,
+        setting=_setting,
+    )
+    figures = {
+        "intervals": plots.interval_plot(result),
+        "losses": plots.loss_plot(result),
+        "gaps": plots.gap_plot(result),
+        "speed": plots.speed_plot(result),
+        "params": plots.params_plot(result),
+    }
+    template = environment.get_template("report.html.j2")
+    return (
+        template.render(
+            r=result,
+            baseline=result.variants[0],
+            variants=result.variants,
+            rivals=result.variants[1:],
+            figures={name: None if p is None else Markup(p.wide + p.narrow) for name, p in figures.items()},
+            parts=plots.parts_of(result),
+            n_part_colours=plots.N_SERIES + 2,
+            names=_NAMES,
+            headline=_headline(result),
+            tally=_tally(result),
+            marks=render.MARKS,
+            phrase=lambda variant: render.phrase(result, variant),
+            difference=lambda diff: render.difference(result, diff),
+            needed=render.needed,
+            series=plots.series_name,
+            dash=plots.dash_of,
+        )
+        + "\n"
+    )
+
+
+def _headline(result: CompareResult) -> str:
+    rivals, base = result.variants[1:], result.variants[0].label
+    if len(rivals) != 1:
+        return f"{len(rivals)} architectures against {base}"
+    diff = rivals[0].diff
+    if diff is None or diff.verdict == "undecided":
+        return f"{rivals[0].label} against {base}: undecided"
+    return f"{rivals[0].label} is {diff.verdict} {'to' if diff.verdict == 'equivalent' else 'than'} {base}"
+
+
+def _tally(result: CompareResult) -> list[tuple[str, int]]:
+    """How many variants got each verdict, without those that none got."""
+    verdicts = [v.diff.verdict for v in result.variants if v.diff is not None]
+    return [(name, verdicts.count(name)) for name in render.MARKS if name in verdicts]
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
