@@ -16,7 +16,7 @@ from rich.console import Console
 
 from headwise.errors import FormatError, SettingsError
 from headwise.lab import stats
-from headwise.lab.render import COLUMNS, duration, quantity, signed
+from headwise.lab.render import TERMINAL_COLUMNS, duration, quantity, signed
 from headwise.lab.result import CompareResult, RunRecord, Series, render_table
 from headwise.lab.summary import MAX_LABEL, make_labels, summarise, thin
 
@@ -212,18 +212,28 @@ def test_notebook_table_escapes_lines(result: CompareResult) -> None:
         assert variant.diff.verdict in html
 
 
-def test_terminal_table_shows_lines_as_they_are(result: CompareResult) -> None:
-    console = Console(width=240, file=io.StringIO(), color_system=None)
+def printed(result: CompareResult, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(render_table(result))
-    text = console.file.getvalue()
+    return console.file.getvalue()
+
+
+def test_terminal_table_shows_lines_as_they_are(result: CompareResult) -> None:
+    text = printed(result, 240)
     for variant in result.variants:
         assert variant.label in text
-    assert all(name in text for name in COLUMNS)
+    assert all(name in text for name in TERMINAL_COLUMNS)
     plain = make_inputs(["gpt2", "llama[bold]"], failures=False)[:3]
-    console = Console(width=240, file=io.StringIO(), color_system=None)
-    console.print(render_table(summarise(*plain)))
-    assert "llama[bold]" in console.file.getvalue()
-    assert "Memory" not in console.file.getvalue()  # nothing was measured
+    text = printed(summarise(*plain), 240)
+    assert "llama[bold]" in text
+    assert "Memory" not in text  # nothing was measured
+
+
+def test_terminal_table_fits_eighty_columns(result: CompareResult) -> None:
+    text = printed(result, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("✓ better", "≈ equivalent", "? undecided", "more seeds", f"{result.variants[1].val_loss.mean:.4f}"):
+        assert word in text  # only the line itself may be broken
 
 
 def test_numbers_read_well() -> None:

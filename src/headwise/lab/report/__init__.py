@@ -6,11 +6,12 @@ It holds no script and its content security policy forbids it to load anything; 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from headwise.lab import render
 from headwise.lab.report import plots
@@ -60,6 +61,7 @@ def report_html(result: CompareResult) -> str:
         duration=render.duration,
         interval=render.interval,
         setting=_setting,
+        breakable=_breakable,
     )
     figures = {
         "intervals": plots.interval_plot(result),
@@ -106,6 +108,11 @@ def _tally(result: CompareResult) -> list[tuple[str, int]]:
     """How many variants got each verdict, without those that none got."""
     verdicts = [v.diff.verdict for v in result.variants if v.diff is not None]
     return [(name, verdicts.count(name)) for name in render.MARKS if name in verdicts]
+
+
+def _breakable(line: str) -> Markup:
+    """A line that may be broken after its brackets, commas and equals signs rather than within a name."""
+    return Markup("<wbr>").join(escape(piece) for piece in re.split(r"(?<=[(,=])", line))
 
 
 def _setting(value: Any) -> str:

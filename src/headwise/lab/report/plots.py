@@ -232,7 +232,8 @@ def _intervals(
     axes.set_yticks([])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x) + " %"))
     axes.set_xlabel("← better", loc="left")
-    axes.text(1, 0, "worse →", transform=axes.transAxes, ha="right", va="top", color=_MUTED)
+    beside = ("axes fraction", axes.xaxis.label)
+    axes.annotate("worse →", (1, 0), xycoords=beside, ha="right", va="bottom", color=_MUTED)
 
 
 def _curves(
