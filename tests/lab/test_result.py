@@ -229,9 +229,10 @@ def test_terminal_table_shows_lines_as_they_are(result: CompareResult) -> None:
     assert "Memory" not in text  # nothing was measured
 
 
-def test_terminal_table_fits_eighty_columns(result: CompareResult) -> None:
-    text = printed(result, 80)
-    assert max(map(len, text.splitlines())) <= 80
+@pytest.mark.parametrize("width", [72, 80])
+def test_terminal_table_fits_a_terminal(result: CompareResult, width: int) -> None:
+    text = printed(result, width)
+    assert max(map(len, text.splitlines())) <= width
     for word in ("✓ better", "≈ equivalent", "? undecided", "more seeds", f"{result.variants[1].val_loss.mean:.4f}"):
         assert word in text  # only the line itself may be broken
 

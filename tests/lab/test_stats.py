@@ -79,6 +79,13 @@ def test_a_difference_of_min_detectable_is_found_with_the_promised_power(n_varia
         assert found / SIMULATIONS < 0.8 + tolerance
 
 
+def test_min_detectable_is_that_of_the_strictest_step() -> None:
+    rng = np.random.default_rng(2)
+    baseline, variants = simulate(rng, [0.0] * 3, 7, noise=0.02)
+    for c in stats.assess(baseline, variants, alpha=0.1):
+        assert c.min_detectable == pytest.approx(c.sd * stats.smallest_effect(7, 0.1 / 3))
+
+
 def test_the_number_of_seeds_asked_for_is_enough_for_a_verdict() -> None:
     """Both ways to a verdict: a difference beyond the margin, and one well inside it."""
     rng = np.random.default_rng(3)

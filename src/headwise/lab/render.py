@@ -37,8 +37,8 @@ def loss(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as a signed percentage: 0.0123 → `+1.23 %`."""
-    return NONE if value is None else signed(100 * value, digits) + " %"
+    """A fraction as a signed percentage, not to be broken before its sign: 0.0123 → `+1.23 %`."""
+    return NONE if value is None else signed(100 * value, digits) + "\u00a0%"
 
 
 def p_value(value: float | None) -> str:

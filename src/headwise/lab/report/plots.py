@@ -217,7 +217,7 @@ def _intervals(
         seeds = [
             scale * (a - b) for a, b in zip(variant.val_loss.per_seed, base.per_seed) if a is not None and b is not None
         ]
-        axes.scatter(seeds, [y + 0.22] * len(seeds), s=26, color=colour, alpha=0.4, lw=0, zorder=2)
+        axes.scatter(seeds, [y + 0.22] * len(seeds), s=26, color=colour, alpha=0.55, lw=0, zorder=2)
         if diff.ci95 is not None:
             axes.plot([scale * x for x in diff.ci95], [y, y], color=colour, lw=4, zorder=3)
         axes.plot(100 * (diff.relative or 0.0), y, "o", ms=10, mfc=_GROUND, mec=colour, mew=3, zorder=4)
@@ -376,7 +376,7 @@ def _both(draw: Callable[[int], Figure], name: str, text: str) -> Plot:
             # A line may hold characters that matplotlib's own font lacks; the page's fonts draw them.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             stream = io.StringIO()
-            draw(width).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+            draw(width).savefig(stream, format="svg")
         pictures.append(_inline(stream.getvalue(), f"{name}-{suffix}", suffix, text))
     return Plot(pictures[0], pictures[1], text)
 
