@@ -85,8 +85,6 @@ def report_html(result: CompareResult) -> str:
             tally=_tally(result),
             marks=render.MARKS,
             phrase=lambda variant: render.phrase(result, variant),
-            difference=lambda diff: render.difference(result, diff),
-            needed=render.needed,
             series=plots.series_name,
             dash=plots.dash_of,
         )

@@ -139,7 +139,7 @@ def gap_plot(result: CompareResult) -> Plot | None:
     def draw(width: int) -> Figure:
         figure, (axes,) = _figure(width, 260, 1)
         axes.axhline(0, color="#b00000", lw=1.5)
-        _curves(axes, gaps, clip_start=True)
+        _curves(axes, gaps)
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
         return figure
@@ -236,11 +236,7 @@ def _intervals(
     axes.annotate("worse →", (1, 0), xycoords=beside, ha="right", va="bottom", color=_MUTED)
 
 
-def _curves(
-    axes: Axes,
-    curves: Sequence[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]],
-    clip_start: bool = True,
-) -> None:
+def _curves(axes: Axes, curves: Sequence[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]) -> None:
     """Lines with bands. The first steps, where every loss falls from the same height, may run out of the top."""
     lows, highs = [], []
     for i, (steps, mean, sd) in curves:
@@ -250,7 +246,7 @@ def _curves(
         if (dash := _dash(i)) is not None:
             line.set_dashes(dash)
         axes.fill_between(steps, mean - sd, mean + sd, color=_colour(i), alpha=0.16, lw=0)
-        shown = steps >= steps[0] + 0.08 * (steps[-1] - steps[0]) if clip_start else steps >= 0
+        shown = steps >= steps[0] + 0.08 * (steps[-1] - steps[0])
         lows.append((mean - sd)[shown].min())
         highs.append((mean + sd)[shown].max())
     low, high = min(lows), max(highs)
