@@ -1,0 +1,25 @@
+"""Text into batches: corpora, tokenizers, packed token files and the order in which they are seen.
+
+dataset = load_dataset("shakespeare", "char")
+batch = Batches(dataset.train, batch_size=12, seq_len=64, seed=0).batch(step=0)
+batch.ids, batch.targets                                    # int64 [12, 64]
+"""
+
+from __future__ import annotations
+
+from headwise.data.batches import IGNORE, Batch, Batches, eval_batches
+from headwise.data.pack import Dataset, Tokens, default_cache_dir, load_dataset
+from headwise.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Batches",
+    "Dataset",
+    "Tokenizer",
+    "Tokens",
+    "default_cache_dir",
+    "eval_batches",
+    "load_dataset",
+    "load_tokenizer",
+]
