@@ -6,6 +6,7 @@ The command line prints them as `error: …` and exits non-zero; nothing else is
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,13 +76,27 @@ class Interrupted(HeadwiseError):
     exit_code = 130
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def short(value: object) -> str:
+    """A value's repr, cut to one readable piece; nested values are not walked through, so it is quick for any."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest allowed spelling, or the empty string."""
-    close = difflib.get_close_matches(str(name).lower(), list(allowed), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def one_of(name: object, allowed: Iterable[str], what: str = "name") -> str:
     """A sentence for an unknown name: what was given, the nearest spelling, and what is allowed."""
     options = sorted(allowed)
-    return f"unknown {what} {name!r}{nearest(str(name), options)}; allowed: {', '.join(options)}"
+    hint = nearest(name, options) if isinstance(name, str) else ""
+    return f"unknown {what} {short(name)}{hint}; allowed: {', '.join(options)}"

@@ -16,6 +16,7 @@ Files in the family's own package are found by themselves; other packages name t
 from __future__ import annotations
 
 import importlib
+import keyword
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from headwise.dims import Dims
-from headwise.errors import Problem, RegistryError, SpecError, nearest, one_of
+from headwise.errors import Problem, RegistryError, SpecError, nearest, one_of, short
 
 T = TypeVar("T", bound=type)
 
@@ -37,11 +38,12 @@ class ComponentSpec(BaseModel):
     """What a line may say of one component. Frozen and hashable; unknown fields are errors.
 
     Subclasses give `kind` a Literal default, and may name in `positional` the fields that a call takes without keyword
-    (`window(256)`).
+    (`window(256)`), and in `examples` calls worth showing; the conformance suite runs each (the bare kinds by default).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     positional: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = ()
 
     kind: str
 
@@ -107,20 +109,22 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, Alias] = {}
         self._loaded = False
+        self._broken: list[str] = []
 
     def register(self, spec: type[ComponentSpec]) -> Callable[[T], T]:
         """Class decorator: join `spec` and the decorated class under every kind the spec's Literal allows.
 
         Raises:
-            RegistryError: the kind is taken, or the spec names none.
+            RegistryError: the kind is taken or is no name that a line can hold, or the spec names none.
         """
 
         def join(module: T) -> T:
-            for kind in spec_kinds(spec):
+            kinds = spec_kinds(spec)
+            for kind in kinds:
                 self._claim(kind)
-                doc = (spec.__doc__ or module.__doc__ or "").strip()
-                summary = doc.splitlines()[0] if doc else ""
-                self._entries[kind] = Entry(kind, spec, module, summary)
+            doc = (spec.__doc__ or module.__doc__ or "").strip()
+            summary = doc.splitlines()[0] if doc else ""
+            self._entries |= {kind: Entry(kind, spec, module, summary) for kind in kinds}
             return module
 
         return join
@@ -131,26 +135,30 @@ class Registry:
         self._aliases[name] = Alias(name, kind, fields, required)
 
     def _claim(self, name: str) -> None:
-        if name in self._entries or name in self._aliases:
+        plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+        if not plain or name.lower() in ("true", "false"):
+            raise RegistryError(
+                f"{name!r} cannot name a kind of {self.family}: a line must be able to hold it; "
+                f"use letters, digits and underscores, such as my_{self.family}"
+            )
+        if name == "pattern" or name in self._entries or name in self._aliases:
             raise RegistryError(f"{self.family} {name!r} is registered already; choose another name")
 
     def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        package = importlib.import_module(f"headwise.{self.family}")
-        for info in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{info.name}")
-        for point in entry_points(group=f"headwise.{self.family}"):
-            try:
-                point.load()
-            except RegistryError:
-                raise
-            except Exception as error:
-                raise RegistryError(
-                    f"plug-in {point.name!r} ({point.value}) for {self.family} does not load: "
-                    f"{type(error).__name__}: {error}; fix or uninstall the package that provides it"
-                ) from error
+        if not self._loaded:
+            self._loaded = True
+            package = importlib.import_module(f"headwise.{self.family}")
+            for info in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{package.__name__}.{info.name}")
+            for point in entry_points(group=f"headwise.{self.family}"):
+                try:
+                    point.load()
+                except Exception as error:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    self._broken.append(f"plug-in {point.name!r} ({point.value}) for {self.family}: {reason}")
+        if self._broken:
+            # At every look-up, not the first alone: a result without one of its mechanisms would mislead.
+            raise RegistryError(f"does not load: {'; '.join(self._broken)}; fix or uninstall the package behind it")
 
     def list(self) -> list[str]:
         """All kinds, sorted; aliases are not among them."""
@@ -188,14 +196,17 @@ class Registry:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise SpecError(f"{value!r} is no {self.family}; write a name or a call, such as {self.list()[0]}()")
+            raise SpecError(f"{short(value)} is no {self.family}; write a name or a call, such as {self.list()[0]}()")
         fields = dict(value)
         name = fields.pop("kind")
         if not isinstance(name, str):
-            raise SpecError(f"kind must be a name, not {name!r}")
+            raise SpecError(f"kind must be a name, not {short(name)}")
         args = fields.pop(ARGS, ())
         if name == "pattern":
-            return self._pattern([*args, *fields.pop("items", ())], fields)
+            items = fields.pop("items", ())
+            if not isinstance(items, list | tuple):
+                raise SpecError([Problem("items", f"a list of components is wanted, not {short(items)}")])
+            return self._pattern([*args, *items], fields)
         entry = self.get(name)
         if len(args) > len(entry.spec.positional):
             most = ", ".join(entry.spec.positional) or "none"
@@ -294,12 +305,6 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     return problems
 
 
-def short(value: object) -> str:
-    """A value's repr, cut to one readable piece."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 ATTENTION = Registry("attention")
 POSITION = Registry("position")
 NORM = Registry("norm")
@@ -312,7 +317,15 @@ list_attention, list_position, list_norm, list_ffn = ATTENTION.list, POSITION.li
 
 
 def _build(registry: Registry, kind: str, d_model: int, n_heads: int, fields: dict[str, Any]) -> Any:
-    dims = Dims(d_model=d_model, n_heads=n_heads, max_seq_len=fields.pop("max_seq_len", 1024))
+    widths = {"d_model": d_model, "n_heads": n_heads, "max_seq_len": fields.pop("max_seq_len", 1024)}
+    problems = [
+        Problem(name, f"a positive whole number is wanted, not {short(width)}")
+        for name, width in widths.items()
+        if not isinstance(width, int) or width < 1
+    ]
+    if problems:
+        raise SpecError(problems, where=kind)
+    dims = Dims(**widths)
     return registry.build({"kind": kind, **fields}, dims)
 
 

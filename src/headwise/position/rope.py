@@ -19,24 +19,25 @@ Scalings stretch a trained range, with Hugging Face's parameter names:
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from headwise.dims import Dims
-from headwise.errors import Problem
+from headwise.errors import Problem, SpecError, one_of
 from headwise.kernels import naive_wanted
 from headwise.kernels.rotary import fast, naive
 from headwise.position.base import Encoding, Position, PositionSpec
-from headwise.registry import ARGS, register_position
+from headwise.registry import ARGS, register_position, validated
 
 
 class Scaling(BaseModel):
     """Base of the scalings: how the frequencies θ and the size of the rotation change; here, not at all."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    least_dims: ClassVar[int] = 2
     factor: float = Field(gt=0)
 
     def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
@@ -60,6 +61,7 @@ class LinearScaling(Scaling):
 class NTKScaling(Scaling):
     """A larger base, fixed."""
 
+    least_dims: ClassVar[int] = 4  # the rule divides by D − 2
     kind: Literal["ntk"] = "ntk"
 
     def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
@@ -69,6 +71,7 @@ class NTKScaling(Scaling):
 class DynamicScaling(Scaling):
     """A larger base once the input is longer than the trained length."""
 
+    least_dims: ClassVar[int] = 4
     kind: Literal["dynamic"] = "dynamic"
     original_max_position_embeddings: int = Field(gt=0)
 
@@ -85,11 +88,11 @@ class YarnScaling(Scaling):
 
     kind: Literal["yarn"] = "yarn"
     original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    attention_factor: float | None = Field(None, gt=0)
+    mscale: float | None = Field(None, ge=0)
+    mscale_all_dim: float | None = Field(None, ge=0)
     truncate: bool = True
 
     def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
@@ -125,31 +128,60 @@ class Llama3Scaling(Scaling):
     low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = Field(4.0, gt=0)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            message = f"must be above low_freq_factor={self.low_freq_factor}, not {self.high_freq_factor}"
+            raise SpecError([Problem("high_freq_factor", message)])
+        return self
+
     def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
         turns = self.original_max_position_embeddings * theta_N / (2 * math.pi)
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return theta_N / self.factor * (1 - keep) + theta_N * keep
 
 
+AnyScaling = LinearScaling | NTKScaling | DynamicScaling | YarnScaling | Llama3Scaling
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": LinearScaling,
+    "ntk": NTKScaling,
+    "dynamic": DynamicScaling,
+    "yarn": YarnScaling,
+    "llama3": Llama3Scaling,
+}
+
+
 def _scaling(value: Any) -> Any:
-    """`linear(2)` and bare names, as the line grammar hands them over."""
+    """A scaling from its name, a mapping with `kind`, or a call `linear(2)` as the line grammar hands it over."""
     if isinstance(value, str):
-        return {"kind": value}
-    if isinstance(value, dict) and ARGS in value:
-        rest = {k: v for k, v in value.items() if k != ARGS}
-        return {**dict(zip(("factor",), value[ARGS])), **rest}
-    return value
-
-
-AnyScaling = Annotated[
-    LinearScaling | NTKScaling | DynamicScaling | YarnScaling | Llama3Scaling, Field(discriminator="kind")
-]
+        value = {"kind": value}
+    if value is None or isinstance(value, Scaling):
+        return value
+    if not isinstance(value, dict):
+        raise SpecError(one_of(value, SCALINGS, "scaling"))
+    fields = dict(value)
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise SpecError(one_of(kind, SCALINGS, "scaling"))
+    args = fields.pop(ARGS, [])
+    if len(args) > 1 or (args and "factor" in fields):
+        raise SpecError(f"{kind}() takes one value without a name, the factor; write the others as name=value")
+    return validated(SCALINGS[kind], {**dict(zip(("factor",), args)), **fields})
 
 
 class RoPESpec(PositionSpec):
     """Rotary embedding: queries and keys turned by their position (Llama, GPT-NeoX, GPT-J); no length limit."""
 
     kind: Literal["rope"] = "rope"
+    examples: ClassVar[tuple[str, ...]] = (
+        "rope",
+        "rope(pairing=interleaved, partial_rotary_factor=0.5)",
+        "rope(scaling=linear(4))",
+        "rope(scaling=ntk(4))",
+        "rope(scaling=dynamic(4, original_max_position_embeddings=2048))",
+        "rope(scaling=yarn(4, original_max_position_embeddings=64))",
+        "rope(scaling=llama3(8, original_max_position_embeddings=64))",
+    )
     base: float = Field(10000.0, gt=1)
     pairing: Literal["half", "interleaved"] = "half"
     partial_rotary_factor: float = Field(1.0, gt=0, le=1)
@@ -162,15 +194,12 @@ class RoPESpec(PositionSpec):
     def check_head(self, head_dim: int) -> list[Problem]:
         """RoPE turns pairs, so an even number of dimensions must turn."""
         turned = self.rotary_dim(head_dim)
-        if turned % 2 or turned == 0:
-            return [
-                Problem(
-                    "position",
-                    f"rope turns pairs of dimensions, but head_dim={head_dim} with "
-                    f"partial_rotary_factor={self.partial_rotary_factor} leaves {turned}; change d_model, n_heads or head_dim to make it even",
-                )
-            ]
-        return []
+        least = self.scaling.least_dims if self.scaling else 2
+        if turned >= least and turned % 2 == 0:
+            return []
+        given = f"head_dim={head_dim} with partial_rotary_factor={self.partial_rotary_factor}"
+        advice = f"change d_model, n_heads or head_dim to make it even and at least {least}"
+        return [Problem("position", f"rope turns pairs of dimensions, but {given} leaves {turned}; {advice}")]
 
 
 def _theta(base: float, rotary_dim: int, like: Tensor) -> Tensor:

@@ -6,9 +6,14 @@ left out. Causal scores count as exactly half of the full square. Training is th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from headwise.attention import AttentionSpec
+from headwise.errors import Problem, SpecError, short
+from headwise.registry import Pattern
+from headwise.spec.grammar import parse
 from headwise.spec.model import ModelSpec
 
 BYTES_PER_NUMBER = 2  # a cache in bfloat16 or float16
@@ -36,15 +41,21 @@ class Counts:
     kv_cache_bytes: int
 
 
-def count(spec: ModelSpec, context: int | None = None) -> Counts:
+def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None) -> Counts:
     """Count a model; open widths are resolved at the default size.
 
     Args:
-        spec: the architecture.
+        spec: what `parse` returns, or anything it reads.
         context: tokens in the context; None takes max_seq_len. For an encoder–decoder both sides read this many, and
             the FLOPs are per decoder token, the encoder's included.
+
+    Raises:
+        SpecError: the spec is no architecture, or the context is shorter than one token.
     """
+    spec = parse(spec)
     spec = spec if spec.is_resolved else spec.resolve()
+    if context is not None and context < 1:
+        raise SpecError([Problem("context", f"at least one token is wanted, not {short(context)}")])
     dims, context = spec.dims, context or spec.dims.max_seq_len
     n_layers = dims.n_layers
     n_encoder = spec.n_encoder_layers or 0
@@ -55,11 +66,11 @@ def count(spec: ModelSpec, context: int | None = None) -> Counts:
     norm = [spec.norm.at(i) for i in range(n_layers)]
     norms_a_layer = {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[spec.order]
     final_norm = 0 if spec.order == "post" else spec.norm.at(n_layers).param_count(dims)
-    positions = {spec.position.at(i) for i in range(n_layers)}
+    codes = spec.position.items if isinstance(spec.position, Pattern) else (spec.position,)
 
     parts = {
         "embedding": dims.vocab_size * dims.d_model,
-        "position": sum(p.param_count(dims) for p in positions),
+        "position": sum(p.param_count(dims) for p in codes),
         "attention": sum(a.param_count(dims) for a in attention),
         "ffn": sum(f.param_count(dims) for f in ffn),
         "norm": sum(n.param_count(dims) for n in norm) * norms_a_layer + final_norm,
@@ -78,8 +89,11 @@ def count(spec: ModelSpec, context: int | None = None) -> Counts:
         parts["attention"] += sum(a.param_count(dims) for a in enc_attention) + n_layers * cross.param_count(dims)
         parts["ffn"] += sum(f.param_count(dims) for f in enc_ffn)
         norm_encoder = sum(spec.norm.at(i).param_count(dims) for i in range(n_encoder)) * norms_a_layer
+        if spec.order != "post":
+            norm_encoder += spec.norm.at(n_encoder).param_count(dims)
         norm_cross = sum(n.param_count(dims) for n in norm) * (norms_a_layer // 2)
-        parts["norm"] += norm_encoder + norm_cross + final_norm
+        parts["norm"] += norm_encoder + norm_cross
+        parts["position"] *= 2  # each side has its own
         flops += sum(a.flops_per_token(dims, context, causal=False) for a in enc_attention)
         flops += sum(f.flops_per_token(dims, context, causal=False) for f in enc_ffn)
         flops += n_layers * cross.flops_per_token(dims, context, causal=False)

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from headwise.errors import SpecError
-from headwise.registry import ARGS, ComponentSpec, Pattern, short, validated
-from headwise.spec.model import ModelSpec
+from headwise.errors import Problem, SpecError, short
+from headwise.registry import ARGS, ComponentSpec, Pattern
+from headwise.spec.model import ModelSpec, model_spec
 from headwise.spec.presets import preset_fields
 
 MAX_CHARACTERS = 10_000
@@ -43,27 +43,48 @@ def parse(source: str | Mapping[str, Any] | ModelSpec | Path) -> ModelSpec:
     if text.endswith((".yaml", ".yml")):
         return from_yaml(_read(Path(text)), where=text)
     try:
-        value = read_value(text)
-        if isinstance(value, str):
-            value = {"kind": value}
-        if not isinstance(value, dict):
-            raise SpecError(
-                f"a line is a preset's name or call, such as llama or llama(n_layers=6), not {short(value)}"
-            )
-        if value.get(ARGS):
-            raise SpecError(f"write fields as name=value; {short(value[ARGS][0])} has no name")
-        fields = {k: v for k, v in value.items() if k not in ("kind", ARGS)}
-        if "preset" in fields:
-            raise SpecError("a line's preset is the name it starts with; remove preset=…")
-        return _model({"preset": value["kind"], **fields}, where="")
+        return _line(_tree(text))
     except SpecError as error:
         raise SpecError(error.problems, where=error.where or short_line(text)) from None
+
+
+def _line(node: ast.expr) -> ModelSpec:
+    problems: list[Problem] = []
+    if isinstance(node, ast.Call):
+        value, problems = _call(node)
+    else:
+        value = _value(node)
+        if isinstance(value, str):
+            value = {"kind": value}
+    if not isinstance(value, dict):
+        raise SpecError(f"a line is a preset's name or call, such as llama or llama(n_layers=6), not {short(value)}")
+    fields = {k: v for k, v in value.items() if k not in ("kind", ARGS)}
+    problems += [Problem("", f"write fields as name=value; {short(arg)} has no name") for arg in value.get(ARGS, ())]
+    if "preset" in fields:
+        problems.append(Problem("preset", "a line's preset is the name it starts with; remove preset=…"))
+    try:
+        spec = model_spec({**fields, "preset": value["kind"]})
+    except SpecError as error:
+        problems += error.problems
+    if problems:
+        raise SpecError(problems)
+    return spec
 
 
 def _model(fields: dict[str, Any], *, where: str) -> ModelSpec:
     if "preset" not in fields:
         raise SpecError("the preset to start from is missing: preset: llama", where=where)
-    return validated(ModelSpec, fields)
+    if _deeper(fields, MAX_DEPTH):
+        raise SpecError(f"nested more than {MAX_DEPTH} deep", where=where)
+    return model_spec(fields)
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and mappings stand in one another more than `levels` deep."""
+    if not isinstance(value, list | tuple | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(v, levels - 1) for v in inner)
 
 
 def _read(path: Path) -> str:
@@ -71,8 +92,17 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError: no UTF-8, or a path with a null character
         raise SpecError(f"cannot read {path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them can stand for a billion values, or for one that holds itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not read; write the value out")
+        return super().compose_node(parent, index)
 
 
 def from_yaml(text: str, *, where: str = "YAML") -> ModelSpec:
@@ -82,7 +112,7 @@ def from_yaml(text: str, *, where: str = "YAML") -> ModelSpec:
         SpecError: no mapping, or no architecture.
     """
     try:
-        fields = yaml.safe_load(text)
+        fields = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError(f"not YAML: {' '.join(str(error).split())}", where=where) from None
     if not isinstance(fields, dict):
@@ -96,18 +126,18 @@ def from_yaml(text: str, *, where: str = "YAML") -> ModelSpec:
 def to_yaml(spec: ModelSpec) -> str:
     """The spec as YAML: its preset and what differs from it; `from_yaml` reads it back equal."""
     fields: dict[str, Any] = {"preset": spec.preset}
-    for name, value in _differences(spec).items():
+    for name, value in differences(spec).items():
         fields[name] = value.model_dump(mode="json") if isinstance(value, ComponentSpec) else value
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
 def to_line(spec: ModelSpec) -> str:
     """The shortest line that `parse` turns back into this spec."""
-    fields = [f"{name}={_print(value)}" for name, value in _differences(spec).items()]
+    fields = [f"{name}={_print(value)}" for name, value in differences(spec).items()]
     return f"{spec.preset}({', '.join(fields)})" if fields else spec.preset
 
 
-def _differences(spec: ModelSpec) -> dict[str, Any]:
+def differences(spec: ModelSpec) -> dict[str, Any]:
     """The fields in which a spec differs from its preset (at its published size, where it has one)."""
     base = ModelSpec.model_validate({"preset": spec.preset, **preset_fields(spec.preset, spec.size)})
     fields = {"size": spec.size} if spec.size is not None else {}
@@ -124,8 +154,10 @@ def _print(value: Any) -> str:
         return f"{value.kind}({', '.join(args)})" if args else value.kind
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_print(v) for v in value) + "]"
-    if isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value) and value.lower() not in WORDS:
-        return value
+    if isinstance(value, str):
+        # Python reads other alphabets' look-alikes as one letter, so only ASCII goes without quotes.
+        plain = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
+        return value if plain and value.lower() not in WORDS else repr(value)
     return repr(value)
 
 
@@ -145,6 +177,10 @@ def read_value(text: str) -> Any:
     Raises:
         SpecError: too long, too deeply nested, or not of the grammar.
     """
+    return _value(_tree(text))
+
+
+def _tree(text: str) -> ast.expr:
     if not text:
         raise SpecError("the line is empty; write a preset's name, such as gpt2 or llama")
     if len(text) > MAX_CHARACTERS:
@@ -158,16 +194,16 @@ def read_value(text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(text, mode="eval")
+            return ast.parse(text, mode="eval").body
     except SyntaxError as error:
         at = f" at character {error.offset}" if error.offset else ""
-        raise SpecError(f"not a call expression ({error.msg}{at}); write name(field=value, …)") from None
+        advice = "put it in quotes, as in size='7b'" if "literal" in error.msg else "write name(field=value, …)"
+        raise SpecError(f"not a call expression ({error.msg}{at}); {advice}") from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise SpecError(f"not a call expression ({error}); write name(field=value, …)") from None
-    return _value(tree.body, text)
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None as value):
             return value
@@ -176,20 +212,57 @@ def _value(node: ast.expr, text: str) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
         case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_value(item, text) for item in items]
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            call: dict[str, Any] = {"kind": name}
-            if args:
-                call[ARGS] = [_value(arg, text) for arg in args]
-            for kw in keywords:
-                if kw.arg is None:
-                    raise SpecError(f"{name}(**…) is not read; write each field as name=value")
-                if kw.arg in ("kind", ARGS):
-                    raise SpecError(f"{name}({kw.arg}=…): the kind is the name before the bracket")
-                call[kw.arg] = _value(kw.value, text)
+            values, problems = _each([(str(n), item) for n, item in enumerate(items)])
+            if problems:
+                raise SpecError(problems)
+            return [value for _, value in values]
+        case ast.Call():
+            call, problems = _call(node)
+            if problems:
+                raise SpecError(problems)
             return call
-    piece = ast.get_source_segment(text, node) or ast.unparse(node)
-    raise SpecError(f"{short(piece)} is not read; a value is a number, a string, a list, a name or a call")
+    raise SpecError(f"{_piece(node)} is not read; a value is a number, a string, a list, a name or a call")
+
+
+def _call(node: ast.Call) -> tuple[dict[str, Any], list[Problem]]:
+    """A call as a mapping with what can be read of it, and what is wrong with the rest."""
+    if not isinstance(node.func, ast.Name):
+        raise SpecError(f"{_piece(node.func)} is not read; a call is a name with a bracket: name(field=value, …)")
+    name = node.func.id
+    args, problems = _each([("", arg) for arg in node.args])
+    given = [(kw.arg, kw.value) for kw in node.keywords if kw.arg is not None]
+    fields, wrong = _each(given)
+    problems += wrong
+    if len(given) < len(node.keywords):
+        problems.append(Problem("", f"{name}(**…) is not read; write each field as name=value"))
+    names = [field for field, _ in given]
+    problems += [Problem(field, "given twice") for field in dict.fromkeys(names) if names.count(field) > 1]
+    if "kind" in names:
+        problems.append(Problem("kind", f"the kind is the name before the bracket: {name}(…)"))
+    call = {**dict(fields), "kind": name}
+    if args:
+        call[ARGS] = [value for _, value in args]
+    return call, problems
+
+
+def _each(nodes: list[tuple[str, ast.expr]]) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """The values of named nodes, and the problems of those that have none, under their names."""
+    values: list[tuple[str, Any]] = []
+    problems: list[Problem] = []
+    for name, node in nodes:
+        try:
+            values.append((name, _value(node)))
+        except SpecError as error:
+            problems += [Problem(".".join(filter(None, (name, p.field))), p.message) for p in error.problems]
+    return values, problems
+
+
+def _piece(node: ast.expr) -> str:
+    """A node as it might have been written, for error messages."""
+    try:
+        return short(ast.unparse(node))
+    except RecursionError:
+        return "an expression this deep"
 
 
 def short_line(text: str) -> str:

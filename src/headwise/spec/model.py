@@ -6,14 +6,16 @@ A spec starts from a preset, which fills every field not given. Widths may stay 
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from headwise.attention import AttentionSpec
 from headwise.dims import Dims
-from headwise.errors import Problem, SpecError
+from headwise.errors import Problem, SpecError, short
 from headwise.position import PositionSpec
 from headwise.registry import ATTENTION, FFN, NORM, POSITION, ComponentSpec, Pattern, Registry, validated
 from headwise.spec.presets import preset_fields
@@ -22,6 +24,9 @@ from headwise.spec.sizing import fill_widths
 DEFAULT_SIZE = "1m"
 DEFAULT_VOCAB_SIZE = 65  # the characters of the embedded Shakespeare
 DEFAULT_MAX_SEQ_LEN = 256
+# Ceilings far above any model, so that checking a line stays quick whatever it says.
+MOST_WIDTH, MOST_LAYERS, MOST_TOKENS = 10**6, 10**5, 10**9
+MOST_PARAMS = 10**13
 
 
 def _component(registry: Registry) -> Any:
@@ -48,12 +53,12 @@ class ModelSpec(BaseModel):
     preset: str
     size: str | None = None
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    d_model: int | None = Field(None, gt=0)
-    n_layers: int | None = Field(None, gt=0)
-    n_heads: int | None = Field(None, gt=0)
-    n_encoder_layers: int | None = Field(None, gt=0)
-    vocab_size: int | None = Field(None, gt=0)
-    max_seq_len: int | None = Field(None, gt=0)
+    d_model: int | None = Field(None, gt=0, le=MOST_WIDTH)
+    n_layers: int | None = Field(None, gt=0, le=MOST_LAYERS)
+    n_heads: int | None = Field(None, gt=0, le=MOST_WIDTH)
+    n_encoder_layers: int | None = Field(None, gt=0, le=MOST_LAYERS)
+    vocab_size: int | None = Field(None, gt=0, le=MOST_TOKENS)
+    max_seq_len: int | None = Field(None, gt=0, le=MOST_TOKENS)
     attention: _component(ATTENTION)  # type: ignore[valid-type]
     position: _component(POSITION)  # type: ignore[valid-type]
     norm: _component(NORM)  # type: ignore[valid-type]
@@ -73,7 +78,8 @@ class ModelSpec(BaseModel):
     def _from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict) or "preset" not in given:
             return given
-        return {**preset_fields(given["preset"], given.get("size")), **given}
+        fields = preset_fields(given["preset"], given.get("size"))
+        return {**fields, **given, "size": fields.get("size")}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -99,7 +105,9 @@ class ModelSpec(BaseModel):
             problems += [Problem(f"{name}.{p.field}".rstrip("."), p.message) for p in component.check(dims)]
         if not any(p.field.startswith("attention") for p in problems):
             heads: dict[str, Problem] = {}
-            for layer in range(self.n_layers or 1):
+            # Past one round of both patterns the pairs of attention and position repeat.
+            period = math.lcm(*(len(c.items) for c in (self.attention, self.position) if isinstance(c, Pattern)))
+            for layer in range(min(self.n_layers or period, period)):
                 attention, position = self.attention.at(layer), self.position.at(layer)
                 if isinstance(attention, AttentionSpec) and isinstance(position, PositionSpec):
                     for problem in position.check_head(attention.heads(dims)[2]):
@@ -140,6 +148,8 @@ class ModelSpec(BaseModel):
     def is_resolved(self) -> bool:
         """Whether every width is known."""
         widths = [self.d_model, self.n_layers, self.n_heads, self.vocab_size, self.max_seq_len]
+        if self.architecture == "encoder_decoder":
+            widths.append(self.n_encoder_layers)
         return all(w is not None for w in widths)
 
     def replace(self, **fields: Any) -> ModelSpec:
@@ -148,7 +158,7 @@ class ModelSpec(BaseModel):
         Raises:
             SpecError: the result is no architecture.
         """
-        return validated(ModelSpec, {**dict(self), **fields})
+        return model_spec({**dict(self), **fields})
 
     def resolve(
         self, size: str | None = None, vocab_size: int | None = None, max_seq_len: int | None = None
@@ -180,7 +190,7 @@ class ModelSpec(BaseModel):
         """A number that n_heads must divide by."""
         items = self.attention.items if isinstance(self.attention, Pattern) else (self.attention,)
         counts = [a.kv_heads for a in items if isinstance(a, AttentionSpec) and a.kv_heads]
-        return max(counts, default=1)
+        return math.lcm(*counts)
 
     def __str__(self) -> str:
         from headwise.spec.grammar import to_line
@@ -191,13 +201,50 @@ class ModelSpec(BaseModel):
         return f"ModelSpec({str(self)!r})"
 
 
+def model_spec(fields: Mapping[str, Any]) -> ModelSpec:
+    """`ModelSpec(**fields)`, but with all problems: those of the preset, of single fields, and of fields that do not
+    fit together. pydantic alone stops at the first of the three, so the fields found wrong are left out and the rest
+    is looked at again.
+
+    Raises:
+        SpecError: the fields describe no architecture.
+    """
+    try:
+        return validated(ModelSpec, fields)
+    except SpecError as error:
+        problems, latest, rest = error.problems, error.problems, dict(fields)
+    wrong: set[str] = set()
+    while True:
+        new = {p.field.partition(".")[0] for p in latest} - wrong
+        if "preset" in new:
+            rest |= {"preset": "gpt2", "size": None}
+        kept = {k: v for k, v in rest.items() if k not in new or k == "preset"}
+        wrong |= new
+        if not new or (kept == rest and "preset" not in new):
+            raise SpecError(problems)
+        rest = kept
+        try:
+            validated(ModelSpec, rest)
+            latest = []
+        except SpecError as error:
+            latest = [p for p in error.problems if p.field.partition(".")[0] not in wrong]
+            problems = problems + latest
+
+
 def parse_size(text: str) -> int:
     """Parameters from "500k", "1m", "1.5b" or a plain number.
 
     Raises:
-        SpecError: it is none of these.
+        SpecError: it is none of these, or more than any model has.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmb]?)\s*", str(text).lower())
     if not match or float(match[1]) == 0:
-        raise SpecError([Problem("size", f"{text!r} is no size; write a number with k, m or b, such as 1m or 500k")])
-    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])
+        raise SpecError(
+            [Problem("size", f"{short(text)} is no size; write a number with k, m or b, such as 1m or 500k")]
+        )
+    n_params = float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]]
+    if not 1 <= n_params <= MOST_PARAMS:
+        raise SpecError(
+            [Problem("size", f"{short(text)} is out of range; from 1 to {MOST_PARAMS // 10**9}b are allowed")]
+        )
+    return round(n_params)

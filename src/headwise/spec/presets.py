@@ -249,12 +249,13 @@ def preset_fields(name: Any, size: Any = None) -> dict[str, Any]:
     Raises:
         SpecError: no such preset, or no such published size of it.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SpecError([Problem("preset", one_of(name, PRESETS, "preset"))])
     preset = PRESETS[name]
     if size is None:
         return dict(preset.fields)
-    if str(size).lower() not in preset.sizes:
+    wanted = size.lower() if isinstance(size, str) else None
+    if wanted not in preset.sizes:
         known = one_of(size, preset.sizes, f"published size of {name}")
-        raise SpecError([Problem("size", f"{known}; for the style at another size leave it out and use --size {size}")])
-    return {**preset.fields, **preset.sizes[str(size).lower()], "size": str(size).lower()}
+        raise SpecError([Problem("size", f"{known}; for the style at another size leave it out and use --size")])
+    return {**preset.fields, **preset.sizes[wanted], "size": wanted}
