@@ -26,7 +26,7 @@ def test_any_choice_of_knobs_gives_probabilities_that_keep_the_likeliest(
     assert probs.shape == logits.shape
     assert bool((probs >= 0).all())
     assert float(probs.sum()) == pytest.approx(1, abs=1e-5)
-    assert float(probs[logits == logits.max()].max()) > 0
+    assert float(probs[logits >= logits.max() - 1e-3].max()) > 0
     if top_k is not None:
         assert int((probs > 0).sum()) <= top_k
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,8 +46,9 @@ def evaluate(
 ) -> EvalResult:
     """Mean cross-entropy over *every* target of the split, in windows of `seq_len` (default: the model's longest).
 
-    Bits a byte are nats a token × tokens ÷ (bytes × ln 2): comparable between tokenizers. A masked LM is
-    evaluated with the masks of seed 0, the same for every model. Draws no random numbers; leaves the mode as it was.
+    Bits a byte (`Tokens.bits_per_byte`) compare between tokenizers. An encoder–decoder is asked for the second half of
+    each window only, a masked LM for the positions that seed 0 masks, the same for every model. Draws no random
+    numbers; leaves the mode as it was.
     """
     from headwise.data import eval_batches
 
@@ -71,5 +71,4 @@ def evaluate(
         raise DataError(f"the split of {len(tokens)} tokens holds nothing to predict; give more text")
     nats = total / count
     codes_text = model.spec.architecture != "encoder"
-    bits = nats * len(tokens) / (tokens.n_bytes * math.log(2)) if codes_text else None
-    return EvalResult(nats, bits, count)
+    return EvalResult(nats, tokens.bits_per_byte(nats * tokens.n_targets) if codes_text else None, count)

@@ -40,13 +40,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def pinned(settings: TrainSettings) -> TrainSettings:
-    """The settings with files they name as absolute paths, so that a run resumes from any working directory."""
+    """The settings with what they leave to the surroundings written down, so that a run resumes the same anywhere:
+    files as absolute paths, and the number of threads, which decides the order of sums."""
     files = {
         name: str(Path(value).absolute())
         for name in ("data", "tokenizer")
         if (value := getattr(settings, name)) not in ("shakespeare", "char", "byte", "bpe") and Path(value).exists()
     }
-    return settings.model_copy(update=files)
+    return settings.model_copy(update={**files, "threads": settings.threads or torch.get_num_threads()})
 
 
 def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | None = None) -> Job:

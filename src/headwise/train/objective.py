@@ -93,12 +93,15 @@ def second_half(batch: Batch, step: int) -> Example:
 
 
 def masked_tokens(mask_id: int, seed: int) -> Objective:
-    """The encoder's objective: which 15 % are masked depends on (seed, step) and the batch's shape alone."""
+    """The encoder's objective: which 15 % are masked depends on (seed, step) and the batch's shape alone.
+
+    Positions without a target are left out.
+    """
 
     def objective(batch: Batch, step: int) -> Example:
         draw = np.random.default_rng([seed, step, 0x6D61736B]).random(tuple(batch.ids.shape))
-        masked_BT = torch.from_numpy(draw < MASKED_FRACTION)
-        masked_BT[:, 0] |= ~masked_BT.any(dim=1)  # a short row would otherwise teach nothing
+        # Evaluation fills its last batch up with tokens that were there before, and marks them so.
+        masked_BT = torch.from_numpy(draw < MASKED_FRACTION) & (batch.targets != IGNORED)
         targets_BT = batch.ids.masked_fill(~masked_BT, IGNORED)
         return Example(batch.ids.masked_fill(masked_BT, mask_id), targets_BT, batch.segments)
 
