@@ -133,8 +133,17 @@ def split(source: Source, val_fraction: float = 0.1) -> Corpus:
 
 
 def _rank(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=b"headwise validation split")
+    digest = hashlib.blake2b(utf8(text), digest_size=8, key=b"headwise validation split")
     return int.from_bytes(digest.digest(), "little")
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of `text`. DataError for lone surrogates, which JSON escapes and command lines can bring."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(f"the text holds half a character (U+{code:04X}, at position {error.start:,})") from error
 
 
 class readable:
@@ -288,6 +297,10 @@ def _text_of(value: object, where: str, text_column: str) -> Iterator[str]:
         return
     if not isinstance(value, str):
         raise DataError(f"{where}: column {text_column!r} holds {type(value).__name__}, not text")
+    try:
+        utf8(value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     yield value
 
 
@@ -307,6 +320,8 @@ def _first_line(error: BaseException) -> str:
 
 def _hugging_face(address: str, text_column: str) -> Source:
     name, _, config = address.partition(":")
+    if not name:
+        raise DataError("'hf:' names no data set; give 'hf:owner/name' or 'hf:owner/name:config'")
     try:
         import datasets
     except ImportError as error:
@@ -341,6 +356,6 @@ def _hugging_face(address: str, text_column: str) -> Source:
     digest = hashlib.sha256()
     for part, read in parts.items():
         for text in read():
-            data = text.encode("utf-8", "surrogatepass")
+            data = utf8(text)
             digest.update(f"{part} {len(data)} ".encode() + data)
     return Source(name.split("/")[-1], digest.hexdigest(), parts)

@@ -31,8 +31,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from headwise.data.corpora import Corpus, Source, open_source, split
-from headwise.data.tokenizers import Tokenizer, TokenizerPlan, load_tokenizer, plan_tokenizer, utf8
+from headwise.data.corpora import Corpus, Source, open_source, split, utf8
+from headwise.data.tokenizers import Tokenizer, TokenizerPlan, load_tokenizer, plan_tokenizer
 from headwise.errors import DataError
 from headwise.io.atomic import WriteError, atomic_dir, write_json
 

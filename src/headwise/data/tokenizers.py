@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwise.data.corpora import Corpus, readable
+from headwise.data.corpora import Corpus, readable, utf8
 from headwise.errors import DataError, nearest
 from headwise.io.atomic import write_json, write_text
 
@@ -155,9 +155,12 @@ class RustBackedTokenizer(Tokenizer):
         utf8(text)  # lone surrogates would be a TypeError below
         self._rust.encode_special_tokens = not special
         parts = list(self._cut(text, _BATCH)) if not special else [text]
-        if len(parts) == 1:  # no threads for a prompt: a process that forks after they ran is warned about it
-            return np.array(self._rust.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        encodings = self._rust.encode_batch_fast(parts, add_special_tokens=False)
+        try:
+            if len(parts) == 1:  # no threads for a prompt: a process that forks after they ran is warned about it
+                return np.array(self._rust.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            encodings = self._rust.encode_batch_fast(parts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions, for words it has no id for
+            raise DataError(f"this {self.kind} tokenizer cannot encode the text: {error}") from error
         return np.array([i for encoding in encodings for i in encoding.ids], dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -270,15 +273,6 @@ def _json_file(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{str(path)!r} holds no JSON object")
     return value
-
-
-def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of `text`. DataError for lone surrogates, which JSON escapes and command lines can bring."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(f"the text holds half a character (U+{code:04X}, at position {error.start:,})") from error
 
 
 @dataclass(frozen=True)
