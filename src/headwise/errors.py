@@ -81,7 +81,9 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def short(value: object) -> str:
-    """A value's repr, cut to one readable piece; nested values are not walked through, so it is quick for any."""
+    """A value's repr, cut to one readable piece, quick for any value; a call of the line grammar as it was written."""
+    if isinstance(value, dict) and isinstance(kind := value.get("kind"), str):
+        return f"{kind[:50]}({'…' if len(value) > 1 else ''})"
     try:
         text = _REPR.repr(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits

@@ -3,8 +3,9 @@
 A layer of width C has about 12·C² weights (an encoder layer with its decoder layer 28·C²). Among widths that are
 multiples of 64 (of 128 from 512 on) and depths from 1 up, the rule takes the pair whose weights come nearest the size
 in ratio, with a pull (0.3 of the log-ratio) towards C = 32·L, the shape of small models that train well; a field
-already given stays, and the others follow. Heads are 32 wide below C = 512 and 64 wide from there, in a number that
-divides C and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
+already given stays, and the others follow: where `n_heads` (or else `kv_heads`) is given and 64 does not divide into
+that many even widths, the width is a multiple of 8 times that number instead. Heads are 32 wide below C = 512 and 64
+wide from there, in a number that divides C and that `kv_heads` divides. So 1m is 5 layers of 128, 10m is 8 of 320.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ def fill_widths(
         SpecError: no number of heads fits the width.
     """
     if d_model is None or n_layers is None:
-        step = 64 if n_heads is None else math.lcm(64, 2 * n_heads)
-        largest = 64 * max(1, math.ceil(math.sqrt(n_params / per_layer) / 64)) + step
-        widths = [d_model] if d_model else [w for w in range(step, largest + 1, step) if w < 512 or w % 128 == 0]
-        best: tuple[float, int, int] | None = None
+        parts = n_heads or kv_heads
+        step = 64 if 64 % (2 * parts) == 0 else 8 * parts
+        largest = math.ceil(math.sqrt(n_params / per_layer)) + 2 * step
+        widths = range(step, largest + 1, step) if d_model is None else [d_model]
+        candidates: list[tuple[float, int, int]] = []
         for width in widths:
+            if d_model is None and step == 64 and width >= 512 and width % 128:
+                continue
             ideal = n_params / (per_layer * width**2)
             depths = [n_layers] if n_layers else sorted({max(1, math.floor(ideal)), max(1, math.ceil(ideal))})
             for depth in depths:
                 miss = abs(math.log(per_layer * depth * width**2 / n_params))
                 shape = abs(math.log(width / (32 * depth)))
-                best = min(filter(None, (best, (miss + 0.3 * shape, width, depth))))
-        assert best is not None
-        _, d_model, n_layers = best
+                candidates.append((miss + 0.3 * shape, width, depth))
+        _, d_model, n_layers = min(candidates)
     return {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads or _heads(d_model, kv_heads)}
 
 
