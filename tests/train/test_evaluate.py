@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from headwise.data import Dataset
+from headwise.errors import DataError
 from headwise.model import build
 from headwise.model.base import LanguageModel
 from headwise.spec import parse
@@ -59,3 +60,9 @@ def test_it_leaves_mode_gradients_and_random_state_alone(dataset: Dataset) -> No
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ids_beyond_the_vocabulary_are_an_error_in_words(dataset: Dataset) -> None:
+    model = build(parse("gpt2(d_model=16, n_layers=1, n_heads=2, vocab_size=9, max_seq_len=16)"))
+    with pytest.raises(DataError, match="beyond the model's vocabulary .9.; use the model's tokenizer"):
+        evaluate(model, dataset.val)

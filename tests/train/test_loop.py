@@ -15,6 +15,8 @@ from headwise.data import Dataset
 from headwise.errors import SettingsError
 from headwise.model import build
 from headwise.train import TrainResult, TrainSettings, evaluate, train
+from headwise.train.folder import RunFolder
+from headwise.train.job import prepare
 
 
 def run(dataset: Dataset, line: str = LINE, **changes: Any) -> TrainResult:
@@ -68,7 +70,7 @@ def test_logging_evaluating_and_saving_change_nothing(dataset: Dataset, tmp_path
 
 def test_the_callers_torch_state_is_left_alone(dataset: Dataset) -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    run(dataset, LINE_WITH_DROPOUT, threads=threads + 1, seed=9)
+    run(dataset, LINE_WITH_DROPOUT, threads=threads + 1, seed=9, steps=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 
@@ -154,6 +156,8 @@ def test_a_folder_in_use_is_refused_with_the_way_out(dataset: Dataset, tmp_path:
     run(dataset, out=tmp_path / "run")
     with pytest.raises(SettingsError, match=r"already holds a run \(at step 12\).*headwise resume .*another --out"):
         run(dataset, out=tmp_path / "run")
+    with pytest.raises(SettingsError, match="already holds a run"):
+        RunFolder(tmp_path / "run").create(LINE, prepare(LINE, TrainSettings(**QUICK), dataset))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(SettingsError, match="not empty"):

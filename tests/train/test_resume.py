@@ -24,6 +24,7 @@ from headwise.errors import DataError, FormatError, Interrupted, SettingsError
 from headwise.io.atomic import WriteError
 from headwise.io.checkpoint import list_checkpoints, load_checkpoint
 from headwise.train import TrainResult, resume, train, train_or_resume
+from headwise.train import folder as folder_module
 
 TIMINGS = {"seconds", "tokens_per_s", "since_seconds"}
 
@@ -111,17 +112,17 @@ train_or_resume({line!r}, data={data!r}, out={out!r}, **{settings!r})
 
 
 def test_killed_outright_at_random_moments_it_still_ends_with_the_same_bits(tmp_path: Path, text_file: Path) -> None:
-    """SIGKILL three times, at random moments of a process that checkpoints all the time; then it may finish.
+    """SIGKILL twice, at random moments of a process that checkpoints all the time; then it may finish.
 
     Whatever the moments (in an update, in a write, in a rename, before anything is written), the result is the same.
     """
-    settings = {**QUICK, "steps": 400, "log_every": 1, "eval_every": 50, "checkpoint_every": 3}
+    settings = {**QUICK, "steps": 300, "log_every": 1, "eval_every": 100, "checkpoint_every": 3}
     whole, out = tmp_path / "whole", tmp_path / "run"
     train(LINE_WITH_DROPOUT, data=str(text_file), out=whole, **settings)
     script = VICTIM.format(line=LINE_WITH_DROPOUT, data=str(text_file), out=str(out), settings=settings)
     moments = random.Random(5)
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
         seen = _size(out / "metrics.jsonl")
         deadline = time.monotonic() + 60
@@ -134,7 +135,7 @@ def test_killed_outright_at_random_moments_it_still_ends_with_the_same_bits(tmp_
         assert b"Error" not in errors, errors.decode()
     assert kills
     result = resume(out)
-    assert [values["step"] for values in records(out)] == list(range(1, 401))
+    assert [values["step"] for values in records(out)] == list(range(1, 301))
     check_same(out, whole)
     assert result.val_loss == json.loads((whole / "result.json").read_text())["val_loss"]
 
@@ -225,6 +226,22 @@ def test_train_or_resume_does_whichever_is_due_and_never_mixes_runs(tmp_path: Pa
     assert resumed.history[0]["step"] == 2
     finished = train_or_resume(LINE, dataset=dataset, out=out, **QUICK)
     assert finished.val_loss == resumed.val_loss == train(LINE, dataset=dataset, **QUICK).val_loss
+
+
+def test_two_processes_never_train_in_one_folder(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_PATIENCE", 2)
+    refused: list[str] = []
+
+    def resume_meanwhile(values: dict[str, Any]) -> None:
+        with pytest.raises(SettingsError, match="another process is training in") as caught:
+            resume(tmp_path / "run", dataset=dataset)
+        refused.append(str(caught.value))
+
+    run(tmp_path / "run", dataset, log_every=12, eval_every=0, on_progress=resume_meanwhile)
+    assert len(refused) == 1
+    resume(tmp_path / "run", dataset=dataset)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path, dataset: Dataset, whole: Path) -> None:

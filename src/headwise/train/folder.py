@@ -9,7 +9,11 @@ OUT/result.json     the figures, when the run is finished
 
 from __future__ import annotations
 
+import fcntl
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from headwise.train.job import Job
 
 VERSION = 1
+_PATIENCE = 30  # tenths of a second
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class RunFolder:
     def create(self, line: str, job: Job) -> None:
         """Write run.json and the tokenizer, both or neither."""
         spec, dataset = job.spec, job.dataset
-        self.check_free()
+        self.check_free()  # once more: since the run's first look the data were loaded, which may take minutes
         with atomic_dir(self.root) as folder:
             dataset.tokenizer.save(folder / "tokenizer")
             write_json(
@@ -91,6 +96,27 @@ class RunFolder:
                     "environment": environment(job.device),
                 },
             )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in this folder meanwhile; `SettingsError` where one does already.
+
+        The lock (flock) goes with the process, however it ends. One that is being killed is given a moment.
+        """
+        with self.run_json.open("rb") as file:
+            for attempt in range(_PATIENCE):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if attempt == _PATIENCE - 1:
+                        raise SettingsError(
+                            f"out: another process is training in {self.root}; wait for it, or stop it"
+                        ) from None
+                    time.sleep(0.1)
+                except OSError:  # no locks on this file system
+                    break
+            yield
 
     def read(self) -> dict[str, Any]:
         """run.json, checked for form; `FormatError` where the folder holds no run."""

@@ -89,9 +89,11 @@ def train(
     job = prepare(spec, settings, dataset)
     with torch_state(settings, job.device):
         trainer = Trainer(job)
-        if folder is not None:
-            folder.create(str(spec), job)
-        return _Run(trainer, str(spec), folder).finish(on_progress, progress)
+        if folder is None:
+            return _Run(trainer, str(spec), None).finish(on_progress, progress)
+        folder.create(str(spec), job)
+        with folder.claimed():
+            return _Run(trainer, str(spec), folder).finish(on_progress, progress)
 
 
 def resume(
@@ -117,7 +119,7 @@ def resume(
             f"fingerprint {job.dataset.fingerprint}, the run began with {about['data'].get('fingerprint')}; "
             f"bring the old data back, or train anew in another folder"
         )
-    with torch_state(settings, job.device):
+    with torch_state(settings, job.device), folder.claimed():
         checkpoint = load_newest(folder.checkpoints, warn)
         return _Run(Trainer(job), about["line"], folder, checkpoint).finish(on_progress, progress)
 

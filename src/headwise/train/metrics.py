@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +60,8 @@ class JsonlTracker:
             raise write_error(self._path, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk: the line that did not fit has been reported
+            self._file.close()
 
 
 class TensorBoardTracker:
