@@ -6,8 +6,9 @@ softmax attention does, the closed forms of its spec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
+from headwise.kernels.rms_norm import rms_norm
 from headwise.position import Encoding
 from headwise.registry import ComponentSpec
 
@@ -76,8 +78,7 @@ class AttentionSpec(ComponentSpec):
         return context
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """What a layer is told of the tokens besides their vectors.
 
     Attributes:
@@ -88,9 +89,20 @@ class Context:
     """
 
     causal: bool = False
-    encoding: Encoding = field(default_factory=Encoding)
+    encoding: Encoding = Encoding()
     segments: tuple[Tensor, Tensor] | None = None
     cache: LayerCache | None = None
+
+
+class HeadNorm(nn.Module):
+    """An RMSNorm over each head's queries or keys (Qwen 3)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        return rms_norm(x_BHTD, self.weight, 1e-6)
 
 
 class Attention(nn.Module):
@@ -109,7 +121,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
         self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
         if spec.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+            self.q_norm, self.k_norm = HeadNorm(D), HeadNorm(D)
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
 

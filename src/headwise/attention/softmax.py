@@ -8,7 +8,7 @@ At C = 768, H = 12 the query, key and value maps have 1.77 M weights (MHA), 0.98
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from headwise.attention.base import Attention, AttentionSpec
 from headwise.registry import ATTENTION, register_attention
@@ -18,6 +18,7 @@ class SoftmaxSpec(AttentionSpec):
     """Scaled dot-product attention: MHA, GQA or MQA by kv_heads."""
 
     kind: Literal["softmax"] = "softmax"
+    examples: ClassVar[tuple[str, ...]] = ("softmax", "gqa(kv_heads=2)", "mqa", "softmax(head_dim=16, qk_norm=true)")
 
 
 @register_attention(SoftmaxSpec)

@@ -20,12 +20,14 @@ class WindowSpec(AttentionSpec):
 
     kind: Literal["window"] = "window"
     positional: ClassVar[tuple[str, ...]] = ("window",)
+    examples: ClassVar[tuple[str, ...]] = ("window(16)", "window(300, kv_heads=2)")
     window: int = Field(gt=0)
 
     def keys_seen(self, context: int, *, causal: bool) -> float:
         window = min(self.window, context)
-        one_side = window - window**2 / (2 * context)
-        return one_side if causal else 2 * one_side
+        if causal:
+            return window - window**2 / (2 * context)
+        return 2 * window - 1 - window * (window - 1) / context
 
     def tokens_cached(self, context: int) -> int:
         return min(self.window, context)

@@ -19,6 +19,7 @@ class MLPSpec(FFNSpec):
 
     kind: Literal["mlp"] = "mlp"
     positional: ClassVar[tuple[str, ...]] = ("activation",)
+    examples: ClassVar[tuple[str, ...]] = tuple(f"mlp({a})" for a in ("relu", "gelu", "gelu_tanh", "silu", "relu2"))
     activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "gelu"
 
     def param_count(self, dims: Dims) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from headwise.dims import Dims
-from headwise.kernels import naive_wanted
+from headwise.kernels.rms_norm import rms_norm
 from headwise.norm.base import NormSpec
 from headwise.registry import register_norm
 
@@ -27,7 +26,7 @@ class RMSNormSpec(NormSpec):
 
 @register_norm(RMSNormSpec)
 class RMSNorm(nn.Module):
-    """torch's RMSNorm, in float32 at least; its naive form is the formula above."""
+    """x / √(mean(x²) + ε) · weight."""
 
     def __init__(self, spec: RMSNormSpec, dims: Dims) -> None:
         super().__init__()
@@ -35,9 +34,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dims.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if naive_wanted():
-            h = x.to(wide)
-            y = h / (h.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-            return (y * self.weight).to(x.dtype)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,74 @@
+"""Promise 1: the fast forms err, against a float64 naive run, no more than the naive form does in float32.
+
+Errors are root mean squares over all numbers: at most 2× the naive form's forward, 3× backward. Promise 5's gradcheck
+of the naive form in float64 stands here too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import extra_inputs, model_of, tokens  # type: ignore[import-not-found]
+from headwise import kernels
+
+LENGTHS = [1, 2, 97, 257, 1025]
+
+
+def run(line: str, T: int, dtype: torch.dtype, *, naive: bool) -> tuple[Tensor, Tensor]:
+    """Logits and all parameters' gradients of a random weighting of them, each as one float64 vector."""
+    model = model_of(line).to(dtype)
+    ids = tokens(1, T)
+    weight = torch.randn(1, T, 61, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    if naive:
+        with kernels.naive():
+            logits = model(ids, **extra_inputs(model, 1))
+            (logits * weight).sum().backward()
+    else:
+        logits = model(ids, **extra_inputs(model, 1))
+        (logits * weight).sum().backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return logits.detach().double().flatten(), torch.cat(grads).double()
+
+
+def rms(x: Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_fast_form_errs_no_more_than_the_naive_form(line: str, T: int) -> None:
+    exact = run(line, T, torch.float64, naive=True)
+    naive = run(line, T, torch.float32, naive=True)
+    fast = run(line, T, torch.float32, naive=False)
+    for what, e, n, f, factor in zip(("forward", "backward"), exact, naive, fast, (2, 3)):
+        # Where the naive form happens to be exact to the last bit, one rounding of the result is allowed.
+        allowed = factor * rms(n - e) + torch.finfo(torch.float32).eps * rms(e)
+        assert rms(f - e) <= allowed, f"{what}: fast {rms(f - e):.2e}, naive {rms(n - e):.2e}"
+
+
+def test_fast_form_in_float64_equals_the_naive_form(line: str) -> None:
+    exact, fast = (run(line, 300, torch.float64, naive=naive) for naive in (True, False))
+    for e, f in zip(exact, fast):
+        assert rms(f - e) <= 1e-10 * rms(e)
+
+
+def test_naive_form_has_the_gradients_of_its_values(line: str) -> None:
+    """gradcheck in float64 of a random weighting of the logits, along one random direction of all parameters at
+    once.
+    """
+    model = model_of(line).double()
+    ids = tokens(2, 5)
+    extra = extra_inputs(model, 2)
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 5, 61, generator=generator, dtype=torch.float64)
+    directions = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in parameters.items()}
+
+    def along(t: Tensor) -> Tensor:
+        moved = {n: p.detach() + t * directions[n] for n, p in parameters.items()}
+        with kernels.naive():
+            return (torch.func.functional_call(model, moved, (ids,), extra) * weight).sum()
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(along, (t,), eps=1e-6, atol=1e-5, rtol=1e-4)
