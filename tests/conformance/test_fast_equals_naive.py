@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance_lines import extra_inputs, model_of, tokens
 from torch import Tensor
 
-from conftest import extra_inputs, model_of, tokens  # type: ignore[import-not-found]
 from headwise import kernels
 
 LENGTHS = [1, 2, 97, 257, 1025]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance_lines import extra_inputs, model_of, tokens
 
-from conftest import extra_inputs, model_of, tokens  # type: ignore[import-not-found]
 from headwise.cache import ContiguousCache
 from headwise.io.pretrained import load, save_pretrained
 from headwise.model import build

@@ -1,0 +1,50 @@
+# All set-up on a fresh machine is `make demo` (installs, runs the main job) and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+DEMO := $(BIN)/headwise compare gpt2 llama --data shakespeare --seeds 6 --steps 300 --out demo
+
+.PHONY: help demo test lint format docs bench package clean
+
+help:  ## what each target does
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## install, compare two architectures on Shakespeare, print the verdict, write demo/report.html
+	$(DEMO)
+
+test: .venv/installed-dev  ## install what tests need (a browser too) and run the whole suite
+	bash tools/browser.sh
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+lint: .venv/installed-dev  ## ruff (lint and format) and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev  ## put every file into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/installed-dev  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: .venv/installed-dev  ## run the benchmarks, each of which prints its figures
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+package: .venv/installed-dev  ## build the wheel and start it in an empty environment
+	rm -rf dist && $(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv dist/venv && dist/venv/bin/pip --disable-pip-version-check install --quiet --no-deps dist/*.whl
+	dist/venv/bin/headwise --help > /dev/null
+	rm -rf dist/venv
+
+clean:  ## remove what the targets made
+	rm -rf .venv site dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
