@@ -93,6 +93,8 @@ def test_documents_come_back_each_once(tmp_path_factory: pytest.TempPathFactory,
         eos = [tokenizer.eos_id] if tokens.separated else []
         expected = eos + [i for text in documents for i in [*tokenizer.encode(text).tolist(), *eos]]
         assert tokens.array.tolist() == expected
+        if tokens.starts is not None and tokens.separated:
+            assert set(tokens.array[tokens.starts].tolist()) == set(eos)
 
 
 def test_documents_that_the_tokenizer_drops_are_none(tmp_path: Path) -> None:
@@ -101,6 +103,7 @@ def test_documents_that_the_tokenizer_drops_are_none(tmp_path: Path) -> None:
     (folder / "all.jsonl").rename(folder / "val.jsonl")
     dataset = load_dataset(folder, without_eos())
     assert (dataset.val.n_documents, documents_of(dataset.val, dataset.tokenizer)) == (4, ["ab", "abc", "bca", "caa"])
+    assert dataset.val.n_bytes == 11
 
 
 def test_bits_per_byte_undoes_a_uniform_guess() -> None:

@@ -235,9 +235,9 @@ class _Packer:
             self._write(np.array([self.separator]))
 
     def add(self, text: str, report: Callable[[int], None]) -> None:
-        start = self.n_tokens
+        start, n_bytes = self.n_tokens, 0
         for piece in self.tokenizer.pieces(text):
-            self.n_bytes += len(utf8(piece))
+            n_bytes += len(utf8(piece))
             ids = self.tokenizer.encode(piece)
             if ids.size and int(ids.max()) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {ids.max()}, beyond its {self.tokenizer.vocab_size:,} ids")
@@ -245,6 +245,7 @@ class _Packer:
             report(len(ids))
         if self.n_tokens == start:  # a tokenizer may drop all of a text
             return
+        self.n_bytes += n_bytes
         self.starts.append(start - (self.separator is not None))
         if self.separator is not None:
             self._write(np.array([self.separator]))
