@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_specs import specs
 
@@ -20,9 +20,7 @@ from headwise.spec import ModelSpec, list_presets, parse, to_line
 from headwise.spec.grammar import MAX_CHARACTERS, MAX_DEPTH, from_yaml, to_yaml
 from headwise.spec.presets import PRESETS
 
-PROPERTY = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
-)
+PROPERTY = settings(max_examples=150)
 PUBLISHED = [
     name if size is None else f"{name}(size={size!r})" for name in PRESETS for size in (None, *PRESETS[name].sizes)
 ]
@@ -434,7 +432,7 @@ def test_mutated_lines_are_read_or_refused() -> None:
         assert parse(str(spec)) == spec
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
 def test_any_text_is_read_or_refused(text: str) -> None:
     read_or_refused(text)
@@ -455,7 +453,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*ModelSpec.model_fields, "x"]), VALUES), st.sampled_from(list_presets()))
 def test_any_mapping_is_read_or_refused(mapping: dict[str, Any], preset: str) -> None:
     read_or_refused(mapping)

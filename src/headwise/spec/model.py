@@ -175,7 +175,9 @@ class ModelSpec(BaseModel):
         """
         per_layer = 28 if self.architecture == "encoder_decoder" else 12
         n_params = parse_size(size or DEFAULT_SIZE)
-        widths = fill_widths(self.d_model, self.n_layers, self.n_heads, self._kv_heads(), n_params, per_layer=per_layer)
+        widths = fill_widths(
+            self.d_model, self.n_layers, self.n_heads, self._kv_heads(), n_params, per_layer=per_layer, fits=self._turns
+        )
         encoder_layers = self.n_encoder_layers
         if self.architecture == "encoder_decoder" and encoder_layers is None:
             encoder_layers = widths["n_layers"]
@@ -185,6 +187,11 @@ class ModelSpec(BaseModel):
             vocab_size=self.vocab_size or vocab_size or DEFAULT_VOCAB_SIZE,
             max_seq_len=self.max_seq_len or max_seq_len or DEFAULT_MAX_SEQ_LEN,
         )
+
+    def _turns(self, head_dim: int) -> bool:
+        """Whether the position code takes heads of this width."""
+        codes = self.position.items if isinstance(self.position, Pattern) else (self.position,)
+        return not any(code.check_head(head_dim) for code in codes if isinstance(code, PositionSpec))
 
     def _kv_heads(self) -> int:
         """A number that n_heads must divide by."""
