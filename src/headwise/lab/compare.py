@@ -87,6 +87,8 @@ def compare(
         stack.enter_context(folder.locked())
         display = stack.enter_context(make_display(progress))
         stop = stack.enter_context(catch_signals())
+        if chosen.out is not None:
+            display.say(f"comparing in {root}")
         try:
             result = _Comparison(plan, folder, display, stop, on_progress).finish(command(plan.lines, chosen))
         except Interrupted as error:
@@ -98,6 +100,17 @@ def compare(
             result.to_csv(root / "result.csv")
             build_report(result, root)
     return result
+
+
+def resume_comparison(
+    out: Path | str, *, on_progress: OnProgress | None = None, progress: bool | None = None
+) -> CompareResult:
+    """Go on with the comparison in `out`, as the call that began it would.
+
+    Raises `FormatError` where there is none, and what `compare` raises.
+    """
+    lines, settings = CompareFolder(Path(out)).begun()
+    return compare(lines, settings, on_progress=on_progress, progress=progress)
 
 
 def _pinned(settings: CompareSettings) -> CompareSettings:
@@ -149,8 +162,7 @@ class _Comparison:
         self.labels = make_labels(plan.lines)
         modules, main = needed_by(plan.specs)
         self.setup = WorkerSetup(plan.threads, modules, main, folder.log)
-        on_cpu = plan.device.type == "cpu"
-        self.workers = plan.settings.workers or (max(1, cores() // (plan.threads or 1)) if on_cpu else 1)
+        self.workers = plan.workers
         self.resumed = False
 
     def finish(self, command: str) -> CompareResult:

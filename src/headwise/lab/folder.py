@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headwise.errors import FormatError, SettingsError
 from headwise.io.atomic import write_error, write_json, write_text
@@ -84,13 +85,13 @@ class CompareFolder:
                 raise SettingsError(f"out: {self.root} exists and is not empty; choose another folder")
             self.note(plan)
             return None
-        about = read_json(self.compare_json, KIND, VERSION)
+        lines, old = self.begun()
+        about = self._read()
         try:
-            lines, old = list(about["lines"]), CompareSettings(**about["settings"])
             variants = [VariantInfo(**variant) for variant in about["variants"]]
             fingerprint = about["fingerprint"]
-        except (KeyError, TypeError, ValueError, SettingsError) as error:
-            raise FormatError(f"{self.compare_json} is damaged ({error}); choose another folder") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from None
         differences = old.differences(plan.settings)
         if lines != plan.parsed:
             differences.insert(0, f"lines {' '.join(map(repr, plan.parsed))} (were {' '.join(map(repr, lines))})")
@@ -104,6 +105,22 @@ class CompareFolder:
                 f"choose another folder, or give the same to go on with it"
             )
         return plan.with_variants([v.model_copy(update={"line": n.line}) for v, n in zip(variants, plan.variants)])
+
+    def begun(self) -> tuple[list[str], CompareSettings]:
+        """The lines and settings of the comparison that was begun here; FormatError where there is none."""
+        if not self.compare_json.exists():
+            raise FormatError(f"{self.root} holds no comparison: compare.json is missing")
+        about = self._read()
+        try:
+            return list(about["lines"]), CompareSettings(**about["settings"], out=self.root)
+        except (KeyError, TypeError, SettingsError) as error:
+            raise self._damaged(error) from None
+
+    def _read(self) -> dict[str, Any]:
+        return read_json(self.compare_json, KIND, VERSION)
+
+    def _damaged(self, error: Exception) -> FormatError:
+        return FormatError(f"{self.compare_json} is damaged ({error}); choose another folder")
 
     def note(self, plan: Plan) -> None:
         """Write compare.json."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headwise.errors import HeadwiseError, Problem, SettingsError, SpecError
 from headwise.lab.match import match
 from headwise.lab.result import VariantInfo
-from headwise.lab.runner import Task
+from headwise.lab.runner import Task, cores
 from headwise.lab.settings import CompareSettings
 from headwise.model import build
 from headwise.spec import ModelSpec, count, parse
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from headwise.data import Dataset
+
+L = TypeVar("L")
+T = TypeVar("T")
 
 OBJECTIVES = {
     "decoder": "causal language modelling",
@@ -59,6 +62,13 @@ class Plan:
         return self.settings.threads or (1 if self.device.type == "cpu" else None)
 
     @property
+    def workers(self) -> int:
+        """Runs at once: as asked for, else as many as have a core each, and one on a GPU."""
+        if self.settings.workers is not None:
+            return self.settings.workers
+        return max(1, cores() // (self.threads or 1)) if self.device.type == "cpu" else 1
+
+    @property
     def grid(self) -> tuple[float, ...]:
         """The learning rates to tune over; empty where there is nothing to choose."""
         return self.settings.lr_grid if len(self.settings.lr_grid) > 1 else ()
@@ -95,35 +105,16 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
         raise SettingsError(f"lines: given one text, {lines!r}; give a list of at least two lines")
     if len(lines) < 2:
         raise SettingsError(f"lines: given {len(lines)}, a comparison needs at least two; the first is the baseline")
-    parsed, problems = [], []
-    for line in lines:
-        try:
-            parsed.append(parse(line))
-        except SpecError as error:
-            problems += _of_line(str(line), error)
-    if problems:
-        raise SpecError(problems)
+    parsed = read_all(lines, parse)
     _check_objectives(parsed)
     from headwise.data import load_dataset
 
     dataset = load_dataset(
         settings.data, settings.tokenizer, text_column=settings.text_column, val_fraction=settings.val_fraction
     )
-    resolved = []
-    for line in parsed:
-        try:
-            resolved.append(prepare(line, settings, dataset).spec)
-        except SpecError as error:
-            problems += _of_line(str(line), error)
-        except SettingsError as error:
-            problems.append(Problem(str(line), str(error)))
-    if problems:
-        raise SpecError(problems)
+    resolved = read_all(parsed, lambda line: prepare(line, settings, dataset).spec)
     matches = [match(spec, resolved[0], settings.match, settings.seq_len) for spec in resolved]
-    for line, each in zip(parsed, matches):
-        problems += _build_problems(str(line), each.spec)
-    if problems:
-        raise SpecError(problems)
+    read_all([each.spec for each in matches], _check_buildable)
     texts = [str(line) for line in lines]
     lr = settings.lr if not settings.lr_grid else settings.lr_grid[0] if len(settings.lr_grid) == 1 else None
     variants = []
@@ -156,9 +147,19 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
     )
 
 
-def _of_line(line: str, error: SpecError) -> list[Problem]:
-    """A line's problems, each saying which line it is of."""
-    return [Problem(f"in {line!r}", str(problem)) for problem in error.problems]
+def read_all(lines: Sequence[L], read: Callable[[L], T]) -> list[T]:
+    """`read` of every line; where some fail, one `SpecError` with the problems of all of them."""
+    done, problems = [], []
+    for line in lines:
+        try:
+            done.append(read(line))
+        except SpecError as error:
+            problems += [Problem(f"in {str(line)!r}", str(problem)) for problem in error.problems]
+        except SettingsError as error:
+            problems.append(Problem(f"in {str(line)!r}", str(error)))
+    if problems:
+        raise SpecError(problems)
+    return done
 
 
 def _check_objectives(specs: Sequence[ModelSpec]) -> None:
@@ -169,17 +170,14 @@ def _check_objectives(specs: Sequence[ModelSpec]) -> None:
         )
 
 
-def _build_problems(line: str, spec: ModelSpec) -> list[Problem]:
-    """What keeps a spec from being built, its shapes at least: on the meta device this costs no memory."""
+def _check_buildable(spec: ModelSpec) -> None:
+    """`SpecError` where a spec cannot be built, its shapes at least: on the meta device this costs no memory."""
     try:
         build(spec, device="meta")
-    except SpecError as error:
-        return _of_line(line, error)
-    except HeadwiseError as error:
-        return [Problem(f"in {line!r}", str(error))]
+    except HeadwiseError:
+        raise
     except Exception as error:  # a third party's mechanism may fail in any way
-        return [Problem(f"in {line!r}", f"cannot be built: {type(error).__name__}: {error}")]
-    return []
+        raise SpecError(f"cannot be built: {type(error).__name__}: {error}") from error
 
 
 def settings_json(settings: CompareSettings) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class CompareSettings(TrainSettings):
     measure_rounds: int = Field(
         7, ge=0, description="rounds in which speed and memory are measured; 6 give a 95 % interval, 0 leaves them out"
     )
+    threads: int | None = Field(None, ge=1, description="CPU threads of a run; default 1, so that runs fill the cores")
     checkpoint_every: int = Field(100, ge=0, description="updates between checkpoints; 0: only at the end")
     keep_checkpoints: bool = Field(True, description="keep each run's last checkpoint, 12 bytes a parameter")
 

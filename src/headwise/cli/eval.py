@@ -1,0 +1,56 @@
+"""`headwise eval`: the loss of a trained model on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from headwise.cli.arguments import Parser, show
+from headwise.train.settings import Settings
+
+EXAMPLES = """
+eval runs/gpt2 --data shakespeare
+eval runs/gpt2 --data other.txt --split train --json
+"""
+
+
+class EvalSettings(Settings):
+    """What a model is evaluated on."""
+
+    data: str = Field("shakespeare", description="shakespeare, a text file, folder, .jsonl, .parquet or hf:owner/name")
+    text_column: str = Field("text", description="column that holds the text in .jsonl, .parquet and hf: data")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text, at its end, that is the val split")
+    split: Literal["val", "train"] = Field("val", description="the part of the data to evaluate, all of it")
+    seq_len: int | None = Field(None, ge=2, description="tokens of a window, default as the model was trained")
+    batch_size: int | None = Field(None, ge=1, description="windows at once, default as many as suit the machine")
+    device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("eval", "A trained model's loss over a whole split, in nats a token and bits a byte.", EXAMPLES)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a training run, or a saved model with its tokenizer")
+    arguments = parser.read(argv, EvalSettings)
+    settings = EvalSettings(**arguments.settings)
+
+    from headwise.data import load_dataset, load_tokenizer
+    from headwise.io.pretrained import load
+    from headwise.train import evaluate
+    from headwise.train.job import resolve_device
+
+    model = load(arguments.options.folder, device=resolve_device(settings.device))
+    dataset = load_dataset(
+        settings.data,
+        load_tokenizer(arguments.options.folder / "tokenizer"),
+        text_column=settings.text_column,
+        val_fraction=settings.val_fraction,
+    )
+    tokens = dataset.val if settings.split == "val" else dataset.train
+    result = evaluate(model, tokens, seq_len=settings.seq_len, batch_size=settings.batch_size)
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits a byte"
+    text = f"{result.nats:.4f} nats a token{bits}, over {result.n_tokens:,} tokens of {dataset.name} ({settings.split})"
+    show(arguments, {**asdict(result), "data": dataset.name, "split": settings.split}, lambda: print(text))
+    return 0

@@ -1,0 +1,42 @@
+"""`headwise train`: one architecture, trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headwise.cli.arguments import Parser, read_lines, say, show
+from headwise.cli.outcome import new_folder, tell_run
+from headwise.train import TrainSettings, train
+from headwise.train.job import prepare
+
+EXAMPLES = """
+train gpt2 --data shakespeare --steps 300 --out runs/gpt2
+train 'llama(attention=gqa(kv_heads=2))' --size 5m --data my-texts/ --tokenizer bpe:8000 --steps 2000
+train llama --model.attention.kind window --model.attention.window 256 --lr 3e-4
+train llama --steps 2000 --dry-run
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "train",
+        "Train one architecture. The folder --out (default runs/train-TIME) gets metrics, checkpoints and the model;\n"
+        "a run that was stopped goes on with `headwise resume`.",
+        EXAMPLES,
+        model_flags=True,
+    )
+    parser.add_argument("line", metavar="LINE", help="the architecture: a line or a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and do nothing")
+    arguments = parser.read(argv, TrainSettings)
+    (line,) = read_lines([arguments.options.line], arguments.flags)
+    if arguments.options.dry_run:
+        from headwise.lab.estimate import estimate_training
+
+        estimate = estimate_training(line, TrainSettings(**arguments.settings))
+        show(arguments, estimate.as_json(), lambda: print(estimate))
+        return 0
+    settings = TrainSettings(**{"out": new_folder("train"), **arguments.settings})
+    dataset = prepare(line, settings).dataset
+    say(f"training in {settings.out}")
+    tell_run(arguments, train(line, settings, dataset=dataset))
+    return 0
