@@ -64,5 +64,5 @@ def test_it_leaves_mode_gradients_and_random_state_alone(dataset: Dataset) -> No
 
 def test_ids_beyond_the_vocabulary_are_an_error_in_words(dataset: Dataset) -> None:
     model = build(parse("gpt2(d_model=16, n_layers=1, n_heads=2, vocab_size=9, max_seq_len=16)"))
-    with pytest.raises(DataError, match="beyond the model's vocabulary .9.; use the model's tokenizer"):
+    with pytest.raises(DataError, match=r"beyond the model's vocabulary .9.; use the model's tokenizer"):
         evaluate(model, dataset.val)

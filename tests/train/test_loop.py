@@ -17,6 +17,7 @@ from headwise.model import build
 from headwise.train import TrainResult, TrainSettings, evaluate, train
 from headwise.train.folder import RunFolder
 from headwise.train.job import prepare
+from headwise.train.trainer import Trainer
 
 
 def run(dataset: Dataset, line: str = LINE, **changes: Any) -> TrainResult:
@@ -122,6 +123,21 @@ def test_the_compiled_step_gives_the_same_losses(dataset: Dataset, monkeypatch: 
     assert [v["loss"] for v in compiled.history] == pytest.approx([v["loss"] for v in plain.history], rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e9])
+def test_gradients_are_clipped_to_the_norm_and_otherwise_untouched(dataset: Dataset, clip: float) -> None:
+    trainer = Trainer(prepare(LINE, TrainSettings(**QUICK, clip=clip), dataset))
+    norms: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    trainer.optimizer.register_step_pre_hook(look)
+    trainer.update()
+    assert trainer.last_norm > 0.1
+    assert norms == [pytest.approx(0.05, rel=1e-3) if clip == 0.05 else pytest.approx(trainer.last_norm, rel=1e-6)]
+
+
 def test_a_learning_rate_factor_of_zero_freezes(dataset: Dataset) -> None:
     result = run(dataset, lr_multipliers={"stack.blocks.0": 0.0})
     start = dict(build(result.spec).named_parameters())
@@ -156,6 +172,8 @@ def test_a_folder_in_use_is_refused_with_the_way_out(dataset: Dataset, tmp_path:
     run(dataset, out=tmp_path / "run")
     with pytest.raises(SettingsError, match=r"already holds a run \(at step 12\).*headwise resume .*another --out"):
         run(dataset, out=tmp_path / "run")
+    with pytest.raises(SettingsError, match="already holds a run"):  # at once, before data are looked for
+        train(LINE, data="nowhere.txt", out=tmp_path / "run")
     with pytest.raises(SettingsError, match="already holds a run"):
         RunFolder(tmp_path / "run").create(LINE, prepare(LINE, TrainSettings(**QUICK), dataset))
     (tmp_path / "other").mkdir()
