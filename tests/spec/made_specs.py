@@ -6,7 +6,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from hypothesis import assume
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -16,6 +16,9 @@ from headwise.registry import FAMILIES, ComponentSpec, Pattern, validated
 from headwise.spec import ModelSpec, list_presets
 from headwise.spec.model import model_spec
 from headwise.spec.presets import PRESETS
+
+# For properties of random specs: many draws fit no architecture and are passed over.
+LOOSE = settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 # Values for models that are to be built: small, and mostly fitting one another.
 SMALL: dict[str, list[Any]] = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_specs import components, specs
+from made_specs import LOOSE, components, specs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,7 +61,7 @@ def assert_counts_parameters(spec: ModelSpec) -> None:
 # ---- parameters ----
 
 
-@settings(max_examples=150)
+@settings(LOOSE, max_examples=150)
 @given(specs(small=True))
 def test_parameters_of_any_spec(spec: ModelSpec) -> None:
     assert_counts_parameters(spec)
@@ -73,7 +73,7 @@ def test_parameters_of_presets_at_the_default_size(line: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "kind"), [(f, kind) for f, r in FAMILIES.items() for kind in r.list()])
-@settings(max_examples=15)
+@settings(LOOSE, max_examples=15)
 @given(data=st.data())
 def test_parameters_of_every_kind(family: str, kind: str, data: Any) -> None:
     spec = parse("gpt2(d_model=24, n_heads=4, n_layers=3, vocab_size=7, max_seq_len=9)")
@@ -142,7 +142,7 @@ def assert_counts_flops(spec: ModelSpec, T: int) -> None:
     assert counts.train_flops_per_token == 3 * counts.flops_per_token
 
 
-@settings(max_examples=40)
+@settings(LOOSE, max_examples=40)
 @given(specs(small=True))
 def test_flops_of_any_spec(spec: ModelSpec) -> None:
     assert_counts_flops(spec, min(spec.dims.max_seq_len, 11))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_specs import specs
+from made_specs import LOOSE, specs
 
 from headwise.errors import SpecError
 from headwise.registry import FAMILIES, Pattern
@@ -20,7 +20,7 @@ from headwise.spec import ModelSpec, list_presets, parse, to_line
 from headwise.spec.grammar import MAX_CHARACTERS, MAX_DEPTH, from_yaml, to_yaml
 from headwise.spec.presets import PRESETS
 
-PROPERTY = settings(max_examples=150)
+PROPERTY = settings(LOOSE, max_examples=150)
 PUBLISHED = [
     name if size is None else f"{name}(size={size!r})" for name in PRESETS for size in (None, *PRESETS[name].sizes)
 ]
