@@ -87,8 +87,6 @@ def compare(
         stack.enter_context(folder.locked())
         display = stack.enter_context(make_display(progress))
         stop = stack.enter_context(catch_signals())
-        if chosen.out is not None:
-            display.say(f"comparing in {root}")
         try:
             result = _Comparison(plan, folder, display, stop, on_progress).finish(command(plan.lines, chosen))
         except Interrupted as error:
@@ -169,6 +167,8 @@ class _Comparison:
         """All phases, and the result."""
         began = time.monotonic()
         begun = self.folder.begin(self.plan)
+        if self.plan.settings.out is not None:
+            self.display.say(f"{'comparing' if begun is None else 'going on'} in {self.folder.root}")
         if begun is not None:
             self.plan, self.resumed = begun, True
         elif self.plan.settings.match == "time":
@@ -257,7 +257,7 @@ class _Comparison:
         """Train what is not trained yet; the error of each run, None where it finished."""
         plan = self.plan
         rows = [
-            Row(f"{self.labels[variant]} · {'' if phase == 'run' else f'lr {lr:g} · '}seed {seed}", steps)
+            Row(f"seed {seed} · {'' if phase == 'run' else f'lr {lr:g} · '}{self.labels[variant]}", steps)
             for variant, seed, lr, _ in runs
             if (steps := plan.variants[variant].steps or plan.settings.steps)
         ]

@@ -82,7 +82,7 @@ class _Worker:
         log = subprocess.DEVNULL if setup.log is None else setup.log.open("ab")
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "headwise.lab.worker"],
+                [sys.executable, "-P", "-c", "from headwise.lab.worker import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -113,18 +113,30 @@ class _Worker:
                 self._inbox.put((self, json.loads(line)))
         self._inbox.put((self, None))
 
-    def end(self) -> int:
-        """Its exit status, once it has ended; closes what belongs to it."""
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()  # type: ignore[union-attr]
-        status = self.process.wait()
-        self._thread.join()
-        self.process.stdout.close()  # type: ignore[union-attr]
-        return status
+    def end(self) -> None:
+        """Tell it that there is nothing more to come: it ends at once, in whatever it is."""
+        self._close_stdin()
+        self.collect()
 
     def kill(self) -> None:
         self.process.kill()
         self.end()
+
+    def collect(self) -> int:
+        """The exit status of one that has ended, or is about to; closes what belonged to it."""
+        try:
+            status = self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self._close_stdin()
+        self._thread.join()
+        self.process.stdout.close()  # type: ignore[union-attr]
+        return status
+
+    def _close_stdin(self) -> None:
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # type: ignore[union-attr]
 
 
 class Pool:
@@ -193,13 +205,14 @@ class Pool:
     def _outcome(self, worker: _Worker, message: dict[str, Any] | None) -> Outcome:
         """What a worker's last word on its task means; None is its end."""
         worker.task = None
-        if worker in self._workers and (message is None or self._one_task_each):
-            self._workers.remove(worker)
-            status = worker.end()
-            if message is None:
-                return Outcome(error=self._cause(status))
         if message is None:
-            return Outcome()  # the end of one that had nothing more to do
+            if worker not in self._workers:
+                return Outcome()  # one of those that do a single task; it was done
+            self._workers.remove(worker)
+            return Outcome(error=self._cause(worker.collect()))
+        if self._one_task_each:
+            self._workers.remove(worker)
+            worker.end()
         return Outcome(message.get("done"), message.get("failed"), message.get("traceback"))
 
     def _cause(self, status: int) -> str:

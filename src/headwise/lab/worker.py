@@ -1,8 +1,8 @@
-"""A worker: a fresh Python process that does one task after another. `python -m headwise.lab.worker`
+"""A worker: a fresh Python process that does one task after another.
 
-It reads lines of JSON from stdin (first what it is to be, then tasks) and writes lines of JSON to stdout; whatever code
-prints goes to stderr. It ends when stdin does, in the middle of a task too: a worker never outlives who started it.
-SIGTERM during a training run saves a checkpoint first.
+It runs `main`, which reads lines of JSON from stdin (first what it is to be, then tasks) and writes lines of JSON to
+stdout; whatever code prints goes to stderr. It ends when stdin does, in the middle of a task too: a worker never
+outlives who started it. SIGTERM during a training run saves a checkpoint first.
 
 It is not made by `multiprocessing`, so that `compare` works in a plain script and in a notebook: nothing runs the
 caller's main module again unless a mechanism is defined there.
@@ -52,8 +52,12 @@ def main() -> None:
 
 
 def _listen(inbox: queue.SimpleQueue[str]) -> None:
-    for line in sys.stdin:
-        inbox.put(line)
+    # Not sys.stdin: a thread that waits in it holds a lock that the interpreter needs in order to end.
+    rest = b""
+    while piece := os.read(0, 1 << 16):
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            inbox.put(line.decode())
     os._exit(0)
 
 
@@ -132,7 +136,3 @@ def main_file(module: Any) -> Path | None:
     """The file of the main module, None in a notebook or an interactive session."""
     file = getattr(module, "__file__", None)
     return None if file is None else Path(file).absolute()
-
-
-if __name__ == "__main__":
-    main()
