@@ -11,7 +11,7 @@ import torch
 from headwise.errors import TrainingError
 from headwise.io.tensors import fill_module, module_tensors
 from headwise.model import build
-from headwise.train.evaluate import EvalResult, autocast, evaluate
+from headwise.train.evaluation import EvalResult, autocast, evaluate
 from headwise.train.guards import all_finite, find_culprit
 from headwise.train.job import Job
 from headwise.train.objective import Example, loss_sum, make_objective
