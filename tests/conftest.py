@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples on every run: a red test is a red commit, never the dice. No deadline: no test asserts wall-clock time.
+# The same examples on every run: a red test is a red commit, never the dice. No deadline: no test asserts a time.
 settings.register_profile("headwise", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("headwise")
 

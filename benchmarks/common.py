@@ -1,0 +1,64 @@
+"""What the benchmarks share: medians of interleaved timings, the machine's name, and where results are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each task in each round.
+
+    The tasks take turns, and take turns at going first, so that a slow spell of a shared machine falls on all of them.
+    """
+    for task in tasks.values():
+        task()
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    names = list(tasks)
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = time.perf_counter()
+            tasks[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        cpu = match[1].strip()
+    return {"cpu": cpu, "cores": torch.get_num_threads(), "torch": torch.__version__, "date": str(date.today())}
+
+
+def report(theme: str, figures: dict[str, Any], *, reached: dict[str, bool]) -> None:
+    """Print the figures and, with `--save`, keep them under results/. Exits 1 where a target was missed."""
+    parser = argparse.ArgumentParser(description=f"Benchmark: {theme}")
+    parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
+    arguments = parser.parse_args()
+    result = {"theme": theme, "machine": machine(), "figures": figures, "reached": reached}
+    print(json.dumps(result, indent=2))
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", result["machine"]["cpu"].lower()).strip("-")
+        path = RESULTS / f"{theme}-{slug}-{result['machine']['date']}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    raise SystemExit(0 if all(reached.values()) else 1)
