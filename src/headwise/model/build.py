@@ -10,7 +10,7 @@ import torch
 from headwise.model.base import LanguageModel
 from headwise.model.decoder import Decoder
 from headwise.model.encoder_decoder import EncoderDecoder
-from headwise.model.init import initialise
+from headwise.model.init import generator_for, initialise
 from headwise.spec import ModelSpec, parse
 
 
@@ -37,8 +37,10 @@ def build(
     spec = parse(spec)
     spec = spec if spec.is_resolved else spec.resolve()
     on_meta = device is not None and torch.device(device).type == "meta"
-    # torch's own initial values would move the global generators; ours replace them.
+    # torch's own initial values would move the global generators; ours replace them. What a mechanism draws while it is
+    # made, and leaves so, is a function of the seed too.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+        torch.default_generator.set_state(generator_for(seed, "").get_state())
         model = EncoderDecoder(spec) if spec.architecture == "encoder_decoder" else Decoder(spec)
     if not on_meta:
         initialise(model, spec, seed)
