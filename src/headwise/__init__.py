@@ -11,6 +11,8 @@ Names are looked up at first use, so `import headwise` stays quick and loads no 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -72,10 +74,21 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'headwise' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    # A function may share its package's name (headwise.train): the function is what users mean.
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+class _Package(ModuleType):
+    """This package's type. Importing `headwise.train` would bind the subpackage to a name that is a public function's;
+    the function keeps it (`from headwise.train import …` finds the subpackage all the same)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
