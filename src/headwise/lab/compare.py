@@ -145,9 +145,7 @@ def _flag(name: str, value: Any) -> list[str]:
 def _how_to_go_on(out: Path | None) -> str:
     if out is None:
         return "nothing is kept without out; with one, the comparison could go on"
-    return (
-        f"finished runs and checkpoints are kept in {out}; the same command with --out {shlex.quote(str(out))} goes on"
-    )
+    return f"finished runs and checkpoints are kept in {out}; go on with `headwise resume {shlex.quote(str(out))}`"
 
 
 class _Comparison:
