@@ -12,7 +12,7 @@ from headwise.registry import FFN
 
 GPT2 = "gpt2(d_model=32, n_layers=1, n_heads=2)"
 LLAMA = "llama(d_model=32, n_layers=1, n_heads=2)"
-QUICK: dict[str, Any] = {"seq_len": 32, "batch_size": 4, "steps": 12, "log_every": 4, "measure_rounds": 0}
+QUICK: dict[str, Any] = {"seq_len": 32, "batch_size": 4, "steps": 12, "log_every": 4, "measure_rounds": 0, "workers": 1}
 
 # Feed-forwards of a third party: one fails in code when it trains, the other takes its process with it.
 BREAKING = """
