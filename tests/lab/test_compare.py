@@ -175,6 +175,22 @@ def test_the_same_call_again_trains_nothing_and_more_seeds_only_themselves(
         compare([GPT2, LLAMA], **{**settings, "data": str(Path(settings["data"]).with_name("other.txt"))})
 
 
+def test_lines_are_resumed_as_they_were_typed(quick: dict[str, Any], tmp_path: Path) -> None:
+    """An alias, a file: the runs of the first call are found again, and the report says what was typed."""
+    out, file = tmp_path / "out", tmp_path / "mine.yaml"
+    file.write_text("preset: llama\nd_model: 32\nn_layers: 1\nn_heads: 2\n")
+    lines = [GPT2.replace(")", ", attention=gqa(kv_heads=1))"), str(file)]
+    first = compare(lines, **quick, seeds=1, out=out)
+    events: list[dict[str, Any]] = []
+    again = resume_comparison(out, on_progress=events.append)
+    assert [variant.line for variant in again.variants] == lines
+    assert (events, losses(again)) == ([], losses(first))
+    file.unlink()
+    gone = resume_comparison(out, on_progress=events.append)
+    assert gone.variants[1].line == LLAMA
+    assert (events, losses(gone)) == ([], losses(first))
+
+
 def test_a_folder_of_something_else_is_left_alone(quick: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(SettingsError, match="exists and is not empty"):
@@ -314,6 +330,8 @@ def test_all_problems_of_all_lines_come_at_once() -> None:
         compare(["gpt2(vocab_size=3)", "llama(max_seq_len=8)"])
     assert "vocab_size" in str(caught.value)
     assert "max_seq_len=8" in str(caught.value)
+    with pytest.raises(SpecError, match=r"in 'gpt2.*lr_multipliers: '\*\.w_gate' matches no parameter"):
+        compare(["gpt2", "llama"], lr_multipliers={"*.w_gate": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -331,6 +349,7 @@ def test_all_problems_of_all_lines_come_at_once() -> None:
         (["gpt2", "llama"], {"lr_grid": [1e-3, 1e-2], "min_lr": 5e-3}, "min_lr: 0.005 is more than 0.001 of lr_grid"),
         (["gpt2", "llama"], {"sedes": 3}, "did you mean 'seeds'"),
         (["gpt2", "llama"], {"workers": 0}, "workers"),
+        (["gpt2", "llama"], {"device": "tpu"}, "^device: 'tpu' is not on this machine"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(lines: list[str], settings: dict[str, Any], said: str) -> None:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwise.errors import FormatError, SettingsError
+from headwise.errors import FormatError, SettingsError, SpecError
 from headwise.io.atomic import write_error, write_json, write_text
 from headwise.io.checkpoint import read_json
 from headwise.lab.plan import Plan
 from headwise.lab.result import Measurements, RunRecord, Series, VariantInfo
 from headwise.lab.settings import CompareSettings
+from headwise.spec import parse
 from headwise.train.folder import RunFolder
 from headwise.train.metrics import read_metrics
 
@@ -85,11 +86,11 @@ class CompareFolder:
                 raise SettingsError(f"out: {self.root} exists and is not empty; choose another folder")
             self.note(plan)
             return None
-        lines, old = self.begun()
+        _, old = self.begun()
         about = self._read()
         try:
             variants = [VariantInfo(**variant) for variant in about["variants"]]
-            fingerprint = about["fingerprint"]
+            lines, fingerprint = about["lines"], about["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from None
         differences = old.differences(plan.settings)
@@ -107,12 +108,17 @@ class CompareFolder:
         return plan.with_variants([v.model_copy(update={"line": n.line}) for v, n in zip(variants, plan.variants)])
 
     def begun(self) -> tuple[list[str], CompareSettings]:
-        """The lines and settings of the comparison that was begun here; FormatError where there is none."""
+        """The lines and settings of the comparison that was begun here; FormatError where there is none.
+
+        The lines are as they were typed, unless that was the name of a file that has meanwhile changed or gone.
+        """
         if not self.compare_json.exists():
             raise FormatError(f"{self.root} holds no comparison: compare.json is missing")
         about = self._read()
         try:
-            return list(about["lines"]), CompareSettings(**about["settings"], out=self.root)
+            typed = [variant["line"] for variant in about["variants"]]
+            lines = [line if _means(line, parsed) else parsed for line, parsed in zip(typed, about["lines"])]
+            return lines, CompareSettings(**about["settings"], out=self.root)
         except (KeyError, TypeError, SettingsError) as error:
             raise self._damaged(error) from None
 
@@ -147,6 +153,14 @@ class CompareFolder:
         """Write measurements.json."""
         about = {"format": MEASURED, "version": VERSION, "rounds": rounds}
         write_json(self.measurements_json, {**about, "variants": [m.model_dump(mode="json") for m in measurements]})
+
+
+def _means(line: str, parsed: str) -> bool:
+    """Whether a line still says what it did."""
+    try:
+        return str(parse(line)) == parsed
+    except SpecError:
+        return False
 
 
 def read_record(folder: RunFolder, variant: int, seed: int) -> RunRecord | None:

@@ -16,6 +16,7 @@ from headwise.lab.settings import CompareSettings
 from headwise.model import build
 from headwise.spec import ModelSpec, count, parse
 from headwise.train.job import prepare, resolve_device
+from headwise.train.optim import lr_factors
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ class Plan:
 
     def name(self, index: int) -> str:
         """A folder name for line `index`: 1-llama-attention-gqa-kv-heads-2."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.lines[index].lower()).strip("-")[:40].rstrip("-")
+        slug = re.sub(r"[^a-z0-9]+", "-", self.parsed[index].lower()).strip("-")[:40].rstrip("-")
         return f"{index}-{slug}"
 
     def with_variants(self, variants: list[VariantInfo]) -> Plan:
@@ -107,6 +108,7 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
         raise SettingsError(f"lines: given {len(lines)}, a comparison needs at least two; the first is the baseline")
     parsed = read_all(lines, parse)
     _check_objectives(parsed)
+    device = resolve_device(settings.device)
     from headwise.data import load_dataset
 
     dataset = load_dataset(
@@ -114,7 +116,7 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
     )
     resolved = read_all(parsed, lambda line: prepare(line, settings, dataset).spec)
     matches = [match(spec, resolved[0], settings.match, settings.seq_len) for spec in resolved]
-    read_all([each.spec for each in matches], _check_buildable)
+    read_all([each.spec for each in matches], lambda spec: _check_buildable(spec, settings))
     texts = [str(line) for line in lines]
     lr = settings.lr if not settings.lr_grid else settings.lr_grid[0] if len(settings.lr_grid) == 1 else None
     variants = []
@@ -139,7 +141,7 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
     return Plan(
         settings,
         dataset,
-        resolve_device(settings.device),
+        device,
         texts,
         [str(spec) for spec in parsed],
         [each.spec for each in matches],
@@ -170,14 +172,15 @@ def _check_objectives(specs: Sequence[ModelSpec]) -> None:
         )
 
 
-def _check_buildable(spec: ModelSpec) -> None:
-    """`SpecError` where a spec cannot be built, its shapes at least: on the meta device this costs no memory."""
+def _check_buildable(spec: ModelSpec, settings: CompareSettings) -> None:
+    """Refuse a spec that cannot be built, its shapes at least: on the meta device this costs no memory."""
     try:
-        build(spec, device="meta")
+        model = build(spec, device="meta")
     except HeadwiseError:
         raise
     except Exception as error:  # a third party's mechanism may fail in any way
         raise SpecError(f"cannot be built: {type(error).__name__}: {error}") from error
+    lr_factors((name for name, _ in model.named_parameters()), settings.lr_multipliers)
 
 
 def settings_json(settings: CompareSettings) -> dict[str, Any]:
