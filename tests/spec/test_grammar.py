@@ -288,6 +288,17 @@ def test_fields_that_do_not_fit_together_come_with_the_others() -> None:
     assert "allowed: [1, 2, 3, 6]" in problems[0]
 
 
+def test_every_layer_of_a_pattern_is_looked_at() -> None:
+    """Attention and position take turns by themselves: here only layer 11 joins heads of 7 with rope."""
+    line = (
+        "llama(d_model=64, n_heads=4, n_layers={}, attention=pattern(softmax, softmax, softmax, softmax(head_dim=7)), "
+    )
+    line += "position=pattern(none, none, rope))"
+    assert parse(line.format(8)).n_layers == 8
+    assert "head_dim=7" in problems_of(line.format(12))[0]
+    assert "head_dim=7" in problems_of(line.format(12).replace("n_layers=12, ", ""))[0]
+
+
 def test_every_unreadable_value_is_named_with_its_field() -> None:
     problems = problems_of("llama(3, d_model=a.b, attention=gqa(kv_heads=1 + 1, head_dim=[{}]), **x)")
     starts = ["write fields", "d_model", "attention.kv_heads", "attention.head_dim.0", "llama(**…)"]

@@ -162,8 +162,7 @@ def _print(value: Any) -> str:
 
 
 def _is_default(model: Any, name: str, value: Any) -> bool:
-    info = model.model_fields[name]
-    return not info.is_required() and value == info.get_default(call_default_factory=True)
+    return value == model.model_fields[name].get_default(call_default_factory=True)  # a required field's is no value
 
 
 def _ordered(fields: dict[str, Any], positional: tuple[str, ...]) -> list[tuple[str, Any]]:
