@@ -1,10 +1,10 @@
-"""Training speed: one run and two workers against a plain eager loop, and a compiled 10 M step against the matrix products.
+"""Training speed: one run and two workers against a plain eager loop, and a compiled step against matrix products.
 
-The setting is nanoGPT's for a CPU (`nanogpt.py`), the same model on both sides. Our side is `headwise.train` as it is, data,
-guards, schedule and metrics included; the peer is the plain loop. Rounds are interleaved and every figure is a ratio.
+The setting is nanoGPT's for a CPU (`nanogpt.py`), the same model on both sides. Our side is `headwise.train` as it is,
+data, guards, schedule and metrics included; the peer is the plain loop. Rounds are interleaved, every figure is a ratio.
 
-Targets: one run at least 1.1× the plain loop, two workers together at least 1.8×, and the compiled training step of a 10 M model
-at least 60 % of the rate at which this machine multiplies matrices.
+Targets: one run at least 1.1× the plain loop, two workers together at least 1.8×, and the compiled training step of a
+10 M model at least 60 % of the rate at which this machine multiplies matrices.
 """
 
 from __future__ import annotations
