@@ -1,0 +1,38 @@
+"""The code of the tutorials and of the README runs as it is printed, at small settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tutorial_blocks import blocks_of
+
+ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("tutorial_blocks.py")
+PAGES = [*sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    blocks = blocks_of(page)
+    if page.parent.name == "tutorials":
+        assert blocks, "a tutorial has code"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path / "plugins"),  # where the page's own package is installed
+        "PYTHONWARNINGS": "",
+        "HEADWISE_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(DRIVER)],
+        input=json.dumps({"blocks": blocks, "page": str(page.relative_to(ROOT))}),
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
