@@ -172,7 +172,7 @@ def overall(rows: Sequence[Row], now: float) -> str:
 
 def _seconds_left(rows: Sequence[Row], now: float) -> float | None:
     """Steps still to do at the pace of all runs so far, at as many runs at once as now."""
-    timed = [row for row in rows if row.done > row.first and row.began]
+    timed = [row for row in rows if row.done > row.first]
     at_once = sum(row.state == "running" for row in rows)
     if not timed or not at_once:
         return None
