@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers as hf
 
 from headwise.model import build
-from headwise.spec import count, list_presets, parse
+from headwise.spec import ModelSpec, count, list_presets, parse
 from headwise.spec.presets import PRESETS
 
 # ---- published sizes ----
@@ -288,7 +288,7 @@ def from_gptj(t: Theirs, n_layers: int) -> None:
 
 
 def assert_equal_logits(
-    line: str, theirs: nn.Module, mapping: Callable[[Theirs, int], None], lengths: list[int]
+    line: str | ModelSpec, theirs: nn.Module, mapping: Callable[[Theirs, int], None], lengths: list[int]
 ) -> None:
     spec = parse(line)
     assert spec.is_resolved, "the line must give every width"
@@ -355,6 +355,10 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope(base=300, scaling=yarn(4, original_max_position_embeddings=16))",
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 300.0},
     ),
+    "yarn with a ramp inside": (
+        "rope(base=300, scaling=yarn(4, original_max_position_embeddings=400))",
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 400, "rope_theta": 300.0},
+    ),
     "yarn with all fields": (
         "rope(scaling=yarn(4, original_max_position_embeddings=40, beta_fast=9, beta_slow=0.5, mscale=1.4, "
         "mscale_all_dim=0.7, truncate=false))",
@@ -381,28 +385,54 @@ def test_rope_and_its_scalings_are_hugging_faces(name: str) -> None:
     assert_equal_logits(f"{LLAMA}, position={rope})", theirs, from_llama, [5, 64, 100])
 
 
+def shrunk(line: str, **parts: Any) -> ModelSpec:
+    """A style or published model as it stands, but small: only widths change, here and (`parts`) in its components."""
+    spec = parse(line)
+    fields: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 64}
+    for family in ("attention", "ffn"):
+        component = getattr(spec, family)
+        known = {k: v for k, v in parts.items() if k in type(component).model_fields}
+        fields[family] = component.model_copy(update=known)
+    return spec.replace(**fields)
+
+
+@pytest.mark.parametrize(("line", "eps"), [("llama", 1e-6), ("llama(size='13b')", 1e-6), ("llama(size='70b')", 1e-5)])
+def test_llama_as_it_stands(line: str, eps: float) -> None:
+    spec = shrunk(line, d_ff=56, kv_heads=2)
+    config = small(hf.LlamaConfig, num_key_value_heads=2, rms_norm_eps=eps)
+    assert_equal_logits(spec, hf.LlamaForCausalLM(config), from_llama, [1, 31])
+
+
+def test_llama_3_as_it_stands() -> None:
+    config = small(hf.LlamaConfig, num_key_value_heads=2, rms_norm_eps=1e-5)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500_000.0}
+    spec = shrunk("llama(size='8b')", d_ff=56, kv_heads=2)
+    assert_equal_logits(spec, hf.LlamaForCausalLM(config), from_llama, [1, 31])
+
+
 @pytest.mark.parametrize("window", [1, 5, 64])
-def test_mistral_computes_what_the_published_model_does(window: int) -> None:
-    line = f"mistral({WIDTHS}, d_model=32, n_heads=4, ffn=swiglu(d_ff=56), attention=window({window}, kv_heads=2))"
+@pytest.mark.parametrize("line", ["mistral", "mistral(size='7b')"])
+def test_mistral_computes_what_the_published_model_does(line: str, window: int) -> None:
     config = small(hf.MistralConfig, num_key_value_heads=2, sliding_window=window, rms_norm_eps=1e-5)
-    assert_equal_logits(line, hf.MistralForCausalLM(config), from_llama, [3, 40])
+    spec = shrunk(line, d_ff=56, kv_heads=2, window=window)
+    assert_equal_logits(spec, hf.MistralForCausalLM(config), from_llama, [3, 40])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_qwen3_computes_what_the_published_model_does(tied: bool) -> None:
-    line = f"qwen3({WIDTHS}, d_model=32, n_heads=4, tie_embeddings={tied}, ffn=swiglu(d_ff=56), attention="
-    line += "softmax(kv_heads=2, head_dim=12, qk_norm=true))"
+@pytest.mark.parametrize(
+    ("line", "tied"), [("qwen3", False), ("qwen3(size='0.6b')", True), ("qwen3(size='8b')", False)]
+)
+def test_qwen3_computes_what_the_published_model_does(line: str, tied: bool) -> None:
     config = small(hf.Qwen3Config, num_key_value_heads=2, head_dim=12, tie_word_embeddings=tied)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
-    assert_equal_logits(line, hf.Qwen3ForCausalLM(config), from_llama, [1, 31])
+    spec = shrunk(line, d_ff=56, kv_heads=2, head_dim=12)
+    assert_equal_logits(spec, hf.Qwen3ForCausalLM(config), from_llama, [1, 31])
 
 
-def test_gemma_computes_what_the_published_model_does() -> None:
-    line = (
-        f"gemma({WIDTHS}, d_model=32, n_heads=4, ffn=geglu_tanh(d_ff=56), attention=softmax(kv_heads=1, head_dim=12))"
-    )
-    config = small(hf.GemmaConfig, num_key_value_heads=1, head_dim=12)
-    assert_equal_logits(line, hf.GemmaForCausalLM(config), from_gemma, [1, 31])
+@pytest.mark.parametrize(("line", "kv_heads"), [("gemma", 1), ("gemma(size='2b')", 1), ("gemma(size='7b')", 4)])
+def test_gemma_computes_what_the_published_model_does(line: str, kv_heads: int) -> None:
+    config = small(hf.GemmaConfig, num_key_value_heads=kv_heads, head_dim=12)
+    spec = shrunk(line, d_ff=56, head_dim=12)
+    assert_equal_logits(spec, hf.GemmaForCausalLM(config), from_gemma, [1, 31])
 
 
 def test_gpt2_computes_what_the_published_model_does() -> None:
