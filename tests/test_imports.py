@@ -44,8 +44,8 @@ FAMILIES = ("attention", "position", "norm", "ffn")
 # On one floor only these may be imported across: what a family offers the others, the shared projector, the
 # helpers that write a file whole or not at all; and the ground floor's own files.
 SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "io.atomic", "errors", "dims"}
-# Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked for,
-# and a worker process, which imports what its parent had (a user's own mechanisms).
+# Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked
+# for, and a worker process, which imports what its parent had (a user's own mechanisms).
 BY_NAME = {"__init__.py", "registry.py", "lab/worker.py"}
 # Files that hold no tensors and so must not cost torch's start.
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
