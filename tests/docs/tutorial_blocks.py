@@ -1,4 +1,4 @@
-"""Runs the blocks of a tutorial in order: Python in one namespace, bash beside it. `python tutorial_blocks.py < blocks.json`
+"""Runs the blocks of a tutorial in order, Python in one namespace, bash beside it: `tutorial_blocks.py < blocks.json`
 
 A block is {"language", "code", "line", "file"}: with a `file` its code is written there instead. Also what takes a
 Markdown page apart into blocks; a comment before a block says how it differs in the tests:
@@ -34,7 +34,8 @@ def blocks_of(page: Path) -> list[dict[str, Any]]:
             continue
         for change in how.split("; ") if how and file is None else ():
             old, arrow, new = change.partition("→")
-            assert arrow and old in code, f"{page.name}:{line}: no {old!r} to exchange in the block"
+            assert arrow, f"{page.name}:{line}: {change!r} has no → in it"
+            assert old in code, f"{page.name}:{line}: no {old!r} to exchange in the block"
             code = code.replace(old, new)
         blocks.append({"language": found["language"], "code": code, "line": line, "file": file})
     return blocks

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from headwise.attention import AttentionSpec  # noqa: E402
-from headwise.cli import COMMANDS, main, overview  # noqa: E402
+from headwise.cli import COMMANDS, main  # noqa: E402
+from headwise.errors import SpecError  # noqa: E402
+from headwise.ffn import FFNSpec  # noqa: E402
 from headwise.lab.render import COLUMNS, cells, quantity  # noqa: E402
 from headwise.lab.result import CompareResult  # noqa: E402
 from headwise.lab.settings import CompareSettings  # noqa: E402
@@ -122,7 +124,8 @@ def presets() -> str:
 def _component(component: ComponentSpec) -> str:
     """A component as a line has it, the fields at their defaults left out."""
     fields = {k: v for k, v in component.model_dump(exclude_defaults=True).items() if k != "kind"}
-    return f"{component.kind}({', '.join(f'{k}={v}' for k, v in fields.items())})" if fields else component.kind
+    written = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in fields.items())
+    return f"{component.kind}({written})" if fields else component.kind
 
 
 def published() -> str:
@@ -131,16 +134,16 @@ def published() -> str:
     for name in sorted(PRESETS):
         for size in PRESETS[name].sizes:
             spec = parse(f'{name}(size="{size}")').resolve()
-            attention = spec.attention.at(0)
-            _, kv_heads, head_dim = (
-                attention.heads(spec.dims) if isinstance(attention, AttentionSpec) else (0, None, None)
-            )
+            attention, ffn = spec.attention.at(0), spec.ffn.at(0)
+            assert isinstance(attention, AttentionSpec)
+            assert isinstance(ffn, FFNSpec)
+            _, kv_heads, head_dim = attention.heads(spec.dims)
             layers = str(spec.n_layers)
             if spec.n_encoder_layers:
                 layers = f"{spec.n_encoder_layers} + {spec.n_layers}"
             rows.append({
                 "line": f'`{name}(size="{size}")`', "layers": layers, "width": spec.d_model, "heads": spec.n_heads,
-                "kv": kv_heads, "head_dim": head_dim, "d_ff": spec.ffn.at(0).width(spec.dims),  # type: ignore[attr-defined]
+                "kv": kv_heads, "head_dim": head_dim, "d_ff": ffn.width(spec.dims),
                 "vocab": spec.vocab_size, "length": spec.max_seq_len, "params": count(spec).params,
             })  # fmt: skip
     headings = {
@@ -167,7 +170,7 @@ def mechanisms(family: str) -> str:
 
 def settings(which: str, *names: str) -> str:
     """The settings of `train`, or those that `compare` adds or has another default for; all, or those named."""
-    model = {"train": TrainSettings, "compare": CompareSettings}[which]
+    model: type[TrainSettings] = {"train": TrainSettings, "compare": CompareSettings}[which]
     rows = []
     for name in names or model.__annotations__:
         field = model.model_fields[name]
@@ -182,10 +185,21 @@ def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def usage(command: str = "") -> str:
-    """What `headwise COMMAND --help` prints; without a command, `headwise --help`."""
-    if not command:
-        return f"```text\n{overview()}\n```\n"
+def refused(*lines: str) -> str:
+    """What is said of lines that describe no architecture."""
+    errors = []
+    for line in lines:
+        try:
+            parse(line)
+        except SpecError as error:
+            errors.append(f"error: {error}")
+        else:
+            raise MacroError(f"{line!r} is no mistake")
+    return "```text\n" + "\n\n".join(errors) + "\n```\n"
+
+
+def usage(command: str) -> str:
+    """What `headwise COMMAND --help` prints."""
     out = io.StringIO()
     with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(out):
         main([command, "--help"])
@@ -209,5 +223,5 @@ def compared(name: str) -> str:
 
 MACROS: dict[str, Callable[..., str]] = {
     macro.__name__: macro
-    for macro in (measured, counts, presets, published, mechanisms, settings, usage, commands, compared)
+    for macro in (measured, counts, presets, published, mechanisms, settings, refused, usage, commands, compared)
 }

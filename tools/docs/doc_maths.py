@@ -56,4 +56,8 @@ def to_html(latex: str, *, block: bool) -> str:
     text = re.sub(r"<[^>]*>", " ", mathml)
     if "\\" in text or re.search(r"&(?!#?\w+;)", text):
         raise FormulaError(f"cannot convert {latex.strip()!r}")
+    # Bars come out as operators with space around them; they are brackets here.
+    mathml = re.sub(
+        r"<mo>(&#x0007C;|&#x02016;|&#x02225;)</mo>", r'<mo lspace="0" rspace="0" stretchy="false">\1</mo>', mathml
+    )
     return f'<div class="formula">{mathml}</div>' if block else mathml
