@@ -15,7 +15,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from headwise.attention import AttentionSpec
+from headwise.errors import HeadwiseError
 from headwise.registry import FAMILIES, ComponentSpec
+from headwise.spec import parse
 from headwise.spec.model import ModelSpec
 from headwise.spec.presets import PRESETS
 
@@ -186,3 +188,15 @@ def test_dependencies_are_those_of_the_package() -> None:
 
 def _name(requirement: str) -> str:
     return re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0]
+
+
+def test_every_line_shown_can_be_read() -> None:
+    """Indented lines that begin with a preset's name are architectures."""
+    shown = re.compile(rf"^    ((?:{'|'.join(PRESETS)})(?:\(.*\))?)$", re.MULTILINE)
+    lines = [(page, line) for page in DOCS.rglob("*.md") for line in shown.findall(page.read_text(encoding="utf-8"))]
+    assert len(lines) > 40
+    for page, line in lines:
+        try:
+            parse(line)
+        except HeadwiseError as error:
+            pytest.fail(f"{page.name}: {error}")

@@ -9,11 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from tutorial_blocks import blocks_of
+from tutorial_blocks import blocks_of, changed
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("tutorial_blocks.py")
 PAGES = [*sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "README.md"]
+
+
+def test_a_block_is_made_small() -> None:
+    bash = changed("headwise compare a b --seeds 6 --batch-size 12\nls\n", "seeds=6→1, batch_size=12→3", "here")
+    assert bash.startswith("headwise compare --size 20k ")
+    assert bash.endswith(" a b --seeds 1 --batch-size 3\nls\n")
+    python = changed("r = hw.train('a(b=c(2))', seed=6, batch_size=3)", "seed=6→7", "here")
+    assert python == "r = hw.train('a(b=c(2))', seed=7, batch_size=3, size='20k', val_fraction=0.01)"
+    with pytest.raises(AssertionError, match="no 'steps=300' to exchange"):
+        changed("hw.train('a', steps=3000)", "steps=300→3", "here")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -33,6 +43,6 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(DRIVER)],
         input=json.dumps({"blocks": blocks, "page": str(page.relative_to(ROOT))}),
-        capture_output=True, text=True, cwd=tmp_path, env=environment,
+        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -74,24 +74,23 @@ def measured(*names: str) -> str:
     return "\n".join([*parts, f"Measured by `{figures['command']} {' '.join(names)}` on {where}.\n"])
 
 
-def counts(*lines: str, context: int | None = None) -> str:
-    """The closed-form counts of some lines, side by side."""
+def counts(*lines: str, context: int | None = None, parts: Sequence[str] = ("attention", "ffn")) -> str:
+    """The closed-form counts of some lines, side by side; `parts` are those whose parameters are shown."""
     rows = []
     for line in lines:
-        spec = parse(line).resolve()
-        found = count(spec, context)
+        found = count(parse(line).resolve(), context)
         rows.append({
             "line": f"`{line}`",
             "params": quantity(found.params),
-            **{part: quantity(found.params_by_part[part]) for part in ("attention", "ffn", "norm", "position")},
+            **{part: quantity(found.params_by_part[part]) for part in parts},
             "flops": quantity(found.flops_per_token),
             "token": quantity(found.kv_bytes_per_token, "B"),
             "held": quantity(found.kv_cache_bytes, "B"),
         })  # fmt: skip
     tokens = context or parse(lines[0]).resolve().dims.max_seq_len
     headings = {
-        "params": "parameters", "attention": "attention", "ffn": "feed-forward", "norm": "norms",
-        "position": "positions", "flops": "forward FLOPs a token", "token": "cache a token", "held": "cache in all",
+        "params": "parameters", **{part: f"in {part}" for part in parts},
+        "flops": "forward FLOPs a token", "token": "cache a token", "held": "cache in all",
     }  # fmt: skip
     columns = [(key, heading, "text right") for key, heading in headings.items()]
     return markdown(table(f"At a context of {tokens:,} tokens:", ("line", "line", "text"), *columns, rows=rows))
@@ -124,8 +123,10 @@ def presets() -> str:
 def _component(component: ComponentSpec) -> str:
     """A component as a line has it, the fields at their defaults left out."""
     fields = {k: v for k, v in component.model_dump(exclude_defaults=True).items() if k != "kind"}
-    written = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in fields.items())
-    return f"{component.kind}({written})" if fields else component.kind
+    first = component.positional[:1]
+    words = [str(fields.pop(name)) for name in first if name in fields]
+    words += [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in fields.items()]
+    return f"{component.kind}({', '.join(words)})" if words else component.kind
 
 
 def published() -> str:
@@ -147,8 +148,8 @@ def published() -> str:
                 "vocab": spec.vocab_size, "length": spec.max_seq_len, "params": count(spec).params,
             })  # fmt: skip
     headings = {
-        "layers": "layers", "width": "`d_model`", "heads": "heads", "kv": "KV heads", "head_dim": "head width",
-        "d_ff": "`d_ff`", "vocab": "vocabulary", "length": "context", "params": "parameters",
+        "params": "parameters", "layers": "layers", "width": "`d_model`", "heads": "heads", "kv": "KV heads",
+        "head_dim": "head width", "d_ff": "`d_ff`", "vocab": "vocabulary", "length": "context",
     }  # fmt: skip
     kinds = {"layers": "text right"}
     columns = [(key, heading, kinds.get(key, "count")) for key, heading in headings.items()]
