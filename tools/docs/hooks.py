@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from doc_macros import MacroError, expand
@@ -9,6 +10,12 @@ from doc_maths import FormulaError, put_back, take_out
 from mkdocs.exceptions import PluginError
 
 _formulas: dict[str, list[str]] = {}
+
+
+def on_config(config: Any) -> None:
+    """`mkdocs build --quiet` drops warnings before `--strict` has counted them, and then fails at nothing."""
+    logger = logging.getLogger("mkdocs")
+    logger.setLevel(min(logger.level, logging.WARNING))
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
