@@ -26,7 +26,7 @@ from headwise.train.job import prepare, torch_state
 from headwise.train.trainer import Trainer
 from nanogpt import LINE, SETTINGS, PlainLoop
 
-STEPS = 100
+STEPS = 30
 TOKENS = STEPS * 12 * 64
 
 
