@@ -12,8 +12,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     turned, rest = x[..., : 2 * n], x[..., 2 * n :]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
-        y = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        y = torch.stack(_turn(a, b, cos, sin), dim=-1).flatten(-2)
     else:
         a, b = turned[..., :n], turned[..., n:]
-        y = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        y = torch.cat(_turn(a, b, cos, sin), dim=-1)
     return torch.cat([y, rest], dim=-1) if rest.shape[-1] else y
+
+
+def _turn(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(a·cos − b·sin, b·cos + a·sin), each in two passes over memory."""
+    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
