@@ -90,7 +90,8 @@ def test_aliases_lead_to_their_kind() -> None:
         ATTENTION.spec("gqa")
     ATTENTION.alias("narrow", "window", window=4)
     assert ATTENTION.spec("narrow") == ATTENTION.spec({"kind": "window", "window": 4})
-    assert ATTENTION.spec({"kind": "narrow", "window": 5}) == ATTENTION.spec({"kind": "window", "window": 5})
+    with pytest.raises(SpecError, match=r"window: 5 given, but narrow means window=4; write window\(window=…\)"):
+        ATTENTION.spec({"kind": "narrow", "window": 5})
     with pytest.raises(RegistryError, match="attention 'narrow' is registered already"):
         ATTENTION.alias("narrow", "softmax")
 
@@ -335,3 +336,10 @@ def test_a_broken_plugin_is_one_line_at_every_look_up(source: str, reason: str, 
     for piece in ("plug-in 'a_broken' (a_broken) for norm", reason, "fix or uninstall"):
         assert piece in lines[0]
     assert lines[2] == "other families work"
+
+
+def test_an_alias_is_not_silently_overridden() -> None:
+    """mqa(kv_heads=4) once was softmax(kv_heads=4) without a word."""
+    with pytest.raises(SpecError, match=r"kv_heads: 4 given, but mqa means kv_heads=1; write softmax\(kv_heads=…\)"):
+        parse("llama(attention=mqa(kv_heads=4))")
+    assert parse("llama(attention=mqa(kv_heads=1))") == parse("llama(attention=mqa)")

@@ -223,6 +223,11 @@ class Registry:
             problems = [
                 Problem(f, f"missing; {name} needs it: {name}({calls})") for f in alias.required if f not in fields
             ]
+            problems += [
+                Problem(f, f"{short(fields[f])} given, but {name} means {f}={value}; write {entry.kind}({f}=…)")
+                for f, value in alias.fields.items()
+                if f in fields and fields[f] != value
+            ]
             fields = {**alias.fields, **fields}
             if problems:
                 try:

@@ -86,6 +86,13 @@ def test_alibi_factors_are_the_bias_up_to_a_constant_in_each_row(dtype: torch.dt
     assert spread.abs().max() <= {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
 
 
+def test_alibi_slopes_keep_their_precision_in_a_half_precision_model() -> None:
+    """Slopes held in a buffer were once rounded when a model was cast to bfloat16."""
+    position = get_position("alibi", d_model=12, n_heads=12).bfloat16()
+    encoding = position.encode(torch.arange(3), 3, 1)
+    assert encoding.slopes_H.tolist() == torch.tensor(slopes(12)).tolist()
+
+
 def test_alibi_loses_no_accuracy_at_far_positions() -> None:
     """The factors go before q and k; behind them, the large terms swallow the small ones' bits."""
     from headwise.kernels.attention import naive, sdpa

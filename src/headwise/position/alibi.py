@@ -72,11 +72,11 @@ class ALiBiEncoding(Encoding):
 class ALiBiPosition(Position):
     """Slopes only; nothing is learned."""
 
-    slopes_H: Tensor
-
     def __init__(self, spec: ALiBiSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
-        self.register_buffer("slopes_H", torch.tensor(slopes(dims.n_heads)), persistent=False)
+        # Numbers, not a buffer: a model cast to half precision would round a buffer with its parameters.
+        self.slopes = slopes(dims.n_heads)
 
     def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> ALiBiEncoding:
-        return ALiBiEncoding(self.slopes_H, positions.shape[-1], seq_len)
+        slopes_H = torch.tensor(self.slopes, device=positions.device)
+        return ALiBiEncoding(slopes_H, positions.shape[-1], seq_len)
