@@ -113,13 +113,21 @@ def test_bfloat16_autocast_stays_close_and_keeps_float32_parameters(dataset: Dat
     assert half.val_loss != full.val_loss
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, where a graph is cut
 def test_the_compiled_step_gives_the_same_losses(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, differentiated and partitioned as for real, but run without generating C++, which takes half a minute."""
     plain = run(dataset, log_every=1)
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
     compiled = run(dataset, log_every=1, compile=True)
+    assert [v["loss"] for v in compiled.history] == pytest.approx([v["loss"] for v in plain.history], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, as its compiler loads
+def test_a_run_in_generated_code_gives_the_same_losses(dataset: Dataset) -> None:
+    """The same through the whole compiler, C++ and all, of one small layer."""
+    line = "llama(d_model=16, n_layers=1, n_heads=2)"
+    settings = {**QUICK, "steps": 3, "log_every": 1}
+    plain, compiled = (train(line, dataset=dataset, compile=c, **settings) for c in (False, True))
     assert [v["loss"] for v in compiled.history] == pytest.approx([v["loss"] for v in plain.history], rel=1e-5)
 
 

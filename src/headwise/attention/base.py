@@ -108,8 +108,10 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module):
     """Projections around a mechanism's `attend`.
 
-    `wq`: C → H·D, `wk` and `wv`: C → K·D, `wo`: H·D → C.
+    `wq`: C → H·D, `wk` and `wv`: C → K·D, `wo`: H·D → C. `window` is how many keys a query sees; None: all.
     """
+
+    window: int | None = None
 
     def __init__(self, spec: AttentionSpec, dims: Dims) -> None:
         super().__init__()
@@ -184,33 +186,20 @@ class Attention(nn.Module):
         attn_mask: Tensor | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """How queries, keys and values meet: [B,H,T,D], and the weights where they are wanted."""
-        return self.softmax(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, need_weights)
+        """How queries, keys and values meet: [B,H,T,D], and the weights where they are wanted.
 
-    def softmax(
-        self,
-        q_BHTD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        context: Context,
-        attn_mask: Tensor | None,
-        need_weights: bool,
-        *,
-        window: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention by the fused kernel; by the readable one inside `kernels.naive()` or when weights are
-        wanted.
+        Here by softmax: the fused kernel, or the readable one inside `kernels.naive()` and where weights are wanted.
         """
         scale = self.head_dim**-0.5
         encoding, segments = context.encoding, context.segments
         if naive_wanted() or need_weights:
             y, weights = naive.attention(
-                q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=window,
+                q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=self.window,
                 bias_HTS=encoding.bias(q_BHTD, 0, q_BHTD.shape[2]), segments=segments, attn_mask=attn_mask,
             )  # fmt: skip
             return (y, weights) if need_weights else (y, None)
         y = sdpa.attention(
-            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=window,
+            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=self.window,
             bias_factors=encoding.bias_factors(q_BHTD) if context.causal else None,
             bias_rows=None if context.causal else encoding.bias,
             segments=segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from headwise.attention.base import Attention, AttentionSpec, Context
+from headwise.attention.base import Attention, AttentionSpec
+from headwise.dims import Dims
 from headwise.registry import register_attention
 
 
@@ -37,16 +37,6 @@ class WindowSpec(AttentionSpec):
 class WindowAttention(Attention):
     """Softmax attention inside a window."""
 
-    spec: WindowSpec
-
-    def attend(
-        self,
-        q_BHTD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        context: Context,
-        attn_mask: Tensor | None,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        window = self.spec.window
-        return self.softmax(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, need_weights, window=window)
+    def __init__(self, spec: WindowSpec, dims: Dims) -> None:
+        super().__init__(spec, dims)
+        self.window = spec.window
