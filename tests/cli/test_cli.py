@@ -364,3 +364,17 @@ def test_a_line_without_any_finished_run_is_a_failure(
     status, out, _ = run(capsys, "compare", GPT2, GPT2, "--data", text, *QUICK, *flags, "--out", str(tmp_path / "out"))
     assert status == 1
     assert "failed: " in out
+
+
+def test_a_prompt_that_cannot_be_encoded_leaves_stdout_empty(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "generate", str(trained), "--prompt", "Ω")
+    assert (code, out) == (1, "")
+    assert "'Ω'" in err
+    assert err.count("\n") == 1
+
+
+def test_an_out_that_is_a_file_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    code, out, err = run(capsys, "train", GPT2, "--data", text, *QUICK, "--out", str(taken))
+    assert (code, out, err) == (2, "", f"error: out: {taken} is a file; choose a folder\n")

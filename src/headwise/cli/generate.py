@@ -43,12 +43,14 @@ def main(argv: Sequence[str]) -> int:
     model = load(arguments.options.folder, device=resolve_device(settings.device))
     tokenizer = load_tokenizer(arguments.options.folder / "tokenizer")
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    before = settings.prompt  # written with the first piece, so that a prompt that fails leaves stdout empty
 
-    if not arguments.options.json:
-        write(settings.prompt)
+    def write(piece: str) -> None:
+        nonlocal before
+        sys.stdout.write(before + piece)
+        sys.stdout.flush()
+        before = ""
+
     options = settings.model_dump(exclude={"prompt", "device"})
     text = generate(model, tokenizer, settings.prompt, **options, on_text=None if arguments.options.json else write)
     if arguments.options.json:

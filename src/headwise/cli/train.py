@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from headwise.cli.arguments import Parser, read_lines, say, show
 from headwise.cli.outcome import new_folder, tell_run
 from headwise.train import TrainSettings, train
+from headwise.train.folder import RunFolder
 from headwise.train.job import prepare
 
 EXAMPLES = """
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         show(arguments, estimate.as_json(), lambda: print(estimate))
         return 0
     settings = TrainSettings(**{"out": new_folder("train"), **arguments.settings})
+    if settings.out is not None:
+        RunFolder(settings.out).check_free()  # before the data are read, and before anything is announced
     dataset = prepare(line, settings).dataset
     say(f"training in {settings.out}")
     tell_run(arguments, train(line, settings, dataset=dataset))

@@ -63,6 +63,8 @@ class RunFolder:
         """`SettingsError` unless the folder is missing or empty: no run is ever written over."""
         if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
             return
+        if not self.root.is_dir():
+            raise SettingsError(f"out: {self.root} is a file; choose a folder")
         if not self.run_json.exists():
             raise SettingsError(f"out: {self.root} exists and is not empty; choose another folder")
         checkpoints = list_checkpoints(self.checkpoints)
