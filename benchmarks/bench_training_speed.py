@@ -40,7 +40,7 @@ def run(one: Trainer, steps: int = STEPS) -> None:
 
 
 def plain_loop() -> PlainLoop:
-    return PlainLoop(torch.from_numpy(load_dataset().train.array.astype("int64")))
+    return PlainLoop(load_dataset().train.array)
 
 
 def worker(kind: str, threads: int, rounds: int) -> None:
@@ -139,16 +139,19 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         raise SystemExit
-    loop, step = against_the_plain_loop(7), compiled_step(15)
+    loop, step = against_the_plain_loop(6), compiled_step(15)
     cores = torch.get_num_threads()
     report(
         "training-speed",
         {"nanogpt setting": loop, "compiled 10 M step": step},
         reached={
-            f"one run at least 1.1x, both in {cores} threads": max(
-                loop[f"one run ({kind}) / plain loop, both in {cores} threads"] for kind in ("ours", "compiled")
-            )
-            >= 1.1,
+            f"one run, compiled, at least 1.1x, both in {t} threads": loop[
+                f"one run (compiled) / plain loop, both in {t} threads"
+            ]
+            >= 1.1
+            for t in (1, cores)
+        }
+        | {
             "two workers at least 1.8x the plain loop in 1 thread": loop["two workers (ours) / plain loop in 1 threads"]
             >= 1.8,
             "compiled step at least 60 % of the product": step["step / product"] >= 0.6,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,8 +70,8 @@ class PlainGPT(nn.Module):
 class PlainLoop:
     """The plain eager loop: random windows of the text, forward, backward, clip, AdamW as torch runs it by default."""
 
-    def __init__(self, text: Tensor) -> None:
-        self.text = text
+    def __init__(self, tokens: np.memmap) -> None:
+        self.file, self.dtype, self.offset = tokens.filename, tokens.dtype, tokens.offset
         self.model = PlainGPT()
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
@@ -79,9 +80,11 @@ class PlainLoop:
         self.step = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(self.text) - 64, (12,))
-        x = torch.stack([self.text[i : i + 64] for i in starts])
-        y = torch.stack([self.text[i + 1 : i + 65] for i in starts])
+        # The map is opened anew for each batch, as nanoGPT does against a leak of memory.
+        text = np.memmap(self.file, self.dtype, "r", self.offset)
+        starts = torch.randint(len(text) - 64, (12,))
+        x = torch.stack([torch.from_numpy(text[i : i + 64].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(text[i + 1 : i + 65].astype(np.int64)) for i in starts])
         return x, y
 
     def run(self, steps: int) -> None:
