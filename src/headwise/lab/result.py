@@ -235,7 +235,8 @@ class CompareResult(Setup):
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise FormatError(
-                f"{path}: no such file; give the folder a comparison wrote (headwise compare --out)"
+                f"{path}: no such file; give the --out of a finished comparison, "
+                f"or finish one that was stopped: headwise resume {path.parent}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{path}: cannot be read ({error})") from None
