@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-DEMO := $(BIN)/headwise compare gpt2 llama --data shakespeare --seeds 6 --steps 200 --out demo
+DEMO := $(BIN)/headwise compare gpt2 llama --data shakespeare --seeds 6 --steps 300 --out demo
 
 .PHONY: help demo test lint format docs bench package clean
 

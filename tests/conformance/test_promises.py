@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from conformance_lines import extra_inputs, model_of, tokens
 
-from headwise.cache import ContiguousCache
+from headwise.cache import RecurrentCache
+from headwise.errors import HeadwiseError
 from headwise.io.pretrained import load, save_pretrained
 from headwise.model import build
 from headwise.model.base import LanguageModel
@@ -45,7 +46,7 @@ def test_an_encoder_sees_later_tokens(encoder_line: str) -> None:
 def test_cached_decoding_in_any_chunking_equals_the_full_pass(causal_line: str, seed: int) -> None:
     model, ids = model_of(causal_line), tokens(2, T)
     full = model(ids)
-    rng, cache, pieces, start = random.Random(seed), ContiguousCache(model.spec.n_layers), [], 0
+    rng, cache, pieces, start = random.Random(seed), model.new_cache(), [], 0
     while start < T:
         stop = min(T, start + rng.choice([1, 1, 2, 7, 19]))
         pieces.append(model(ids[:, start:stop], cache=cache))
@@ -57,8 +58,14 @@ def test_cached_decoding_in_any_chunking_equals_the_full_pass(causal_line: str, 
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(causal_line: str) -> None:
     model, ids = model_of(causal_line), tokens(1, T)
-    cache = ContiguousCache(model.spec.n_layers)
+    cache = model.new_cache()
     model(ids, cache=cache)
+    if any(isinstance(layer, RecurrentCache) for layer in cache.layers):
+        with pytest.raises(HeadwiseError, match="crop to 0"):
+            cache.crop(10)
+        cache.crop(0)
+        torch.testing.assert_close(model(ids, cache=cache), model(ids), atol=1e-5, rtol=1e-5)
+        return
     cache.crop(10)
     torch.testing.assert_close(model(ids[:, 10:], cache=cache), model(ids)[:, 10:], atol=1e-5, rtol=1e-5)
 
@@ -66,7 +73,7 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(causal_line: str) -> None
 @torch.no_grad()
 def test_encoder_decoder_decodes_from_its_cache(encoder_decoder_line: str) -> None:
     model = model_of(encoder_decoder_line)
-    ids, extra, cache = tokens(2, T), extra_inputs(model, 2), ContiguousCache(model.spec.n_layers)
+    ids, extra, cache = tokens(2, T), extra_inputs(model, 2), model.new_cache()
     first, rest = model(ids[:, :7], cache=cache, **extra), model(ids[:, 7:], cache=cache)
     torch.testing.assert_close(torch.cat([first, rest], 1), model(ids, **extra), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(model(ids), model(ids, **extra)), "the decoder must look at what was read"
@@ -104,7 +111,7 @@ def test_packed_documents_are_as_if_each_stood_alone(line: str) -> None:
 def test_left_padded_batches_decode_from_a_cache(causal_line: str) -> None:
     model = model_of(causal_line)
     ids, segments = tokens(1, 30), torch.cat([torch.full((1, 9), -1), torch.zeros(1, 21, dtype=torch.long)], 1)
-    cache = ContiguousCache(model.spec.n_layers)
+    cache = model.new_cache()
     pieces = [model(ids[:, :20], segments=segments[:, :20], cache=cache)[:, 9:]]
     pieces += [model(ids[:, i : i + 1], cache=cache) for i in range(20, 30)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids[:, 9:]), atol=1e-5, rtol=1e-5)

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headwise import kernels
 from headwise.attention import AttentionSpec
-from headwise.cache import ContiguousCache
 from headwise.errors import SpecError
 from headwise.kernels.attention.naive import visible
 from headwise.model import build
@@ -201,9 +200,10 @@ def test_cache_bytes_are_those_a_cache_holds(line: str) -> None:
     T = 40
     spec = parse(line).replace(d_model=32, n_heads=4, vocab_size=29, max_seq_len=64).resolve("50k")
     assert spec.n_layers is not None
-    cache = ContiguousCache(spec.n_layers)
+    model = build(spec, dtype=torch.bfloat16).eval()
+    cache = model.new_cache()
     with torch.no_grad():
-        build(spec, dtype=torch.bfloat16).eval()(torch.arange(T)[None] % 29, cache=cache)
+        model(torch.arange(T)[None] % 29, cache=cache)
     counts = count(spec, context=T)
     assert counts.kv_bytes_per_token * T == cache.n_bytes
     windows = [a.window for a in map(spec.attention.at, range(spec.n_layers)) if hasattr(a, "window") and a.window < T]

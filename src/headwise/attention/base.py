@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from headwise.cache import LayerCache
+from headwise.cache import AnyLayerCache, LayerCache
 from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
@@ -37,6 +37,14 @@ class AttentionSpec(ComponentSpec):
         """(n_heads, kv_heads, head_dim) in force."""
         return dims.n_heads, self.kv_heads or dims.n_heads, self.head_dim or dims.head_dim
 
+    def key_dim(self, dims: Dims) -> int:
+        """Width of one head's queries and keys; values are `head_dim` wide."""
+        return self.heads(dims)[2]
+
+    def rotary_dim(self, dims: Dims) -> int:
+        """Width of what the position code may turn of each query and key."""
+        return self.key_dim(dims)
+
     def has_bias(self, dims: Dims) -> bool:
         """Whether the projections have biases."""
         return dims.bias if self.bias is None else self.bias
@@ -55,14 +63,14 @@ class AttentionSpec(ComponentSpec):
         return problems
 
     def param_count(self, dims: Dims) -> int:
-        H, K, D = self.heads(dims)
-        matrices = 2 * dims.d_model * (H + K) * D
-        biases = (H + 2 * K) * D + dims.d_model if self.has_bias(dims) else 0
-        return matrices + biases + (2 * D if self.qk_norm else 0)
+        (H, K, D), E = self.heads(dims), self.key_dim(dims)
+        matrices = dims.d_model * (H + K) * (D + E)
+        biases = (H + K) * E + K * D + dims.d_model if self.has_bias(dims) else 0
+        return matrices + biases + (2 * E if self.qk_norm else 0)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
-        H, K, D = self.heads(dims)
-        return 2 * 2 * dims.d_model * (H + K) * D + 2 * 2 * H * D * self.keys_seen(context, causal=causal)
+        (H, K, D), E = self.heads(dims), self.key_dim(dims)
+        return 2 * (H + K) * dims.d_model * (D + E) + 2 * H * (D + E) * self.keys_seen(context, causal=causal)
 
     def keys_seen(self, context: int, *, causal: bool) -> float:
         """Keys that a query meets, on average over `context` positions; a causal triangle counts as exactly half."""
@@ -71,7 +79,11 @@ class AttentionSpec(ComponentSpec):
     def kv_numbers_per_token(self, dims: Dims) -> int:
         """Numbers that one layer's cache keeps for one token."""
         _, K, D = self.heads(dims)
-        return 2 * K * D
+        return K * (self.key_dim(dims) + D)
+
+    def state_numbers(self, dims: Dims) -> int:
+        """Numbers that one layer's cache keeps whatever the number of tokens: a recurrence's state."""
+        return 0
 
     def tokens_cached(self, context: int) -> int:
         """Tokens whose keys and values are still needed after `context` tokens."""
@@ -91,7 +103,12 @@ class Context(NamedTuple):
     causal: bool = False
     encoding: Encoding = Encoding()
     segments: tuple[Tensor, Tensor] | None = None
-    cache: LayerCache | None = None
+    cache: AnyLayerCache | None = None
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """[B,T,heads·D] → [B,heads,T,D]."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
 class HeadNorm(nn.Module):
@@ -108,7 +125,8 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module):
     """Projections around a mechanism's `attend`.
 
-    `wq`: C → H·D, `wk` and `wv`: C → K·D, `wo`: H·D → C. `window` is how many keys a query sees; None: all.
+    `wq`: C → H·E, `wk`: C → K·E, `wv`: C → K·D, `wo`: H·D → C; E is the spec's `key_dim`, by default D. `window` is how
+    many keys a query sees; None: all.
     """
 
     window: int | None = None
@@ -117,15 +135,19 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.n_heads, self.kv_heads, self.head_dim = H, K, D = spec.heads(dims)
-        bias = spec.has_bias(dims)
-        self.wq = nn.Linear(dims.d_model, H * D, bias=bias)
-        self.wk = nn.Linear(dims.d_model, K * D, bias=bias)
+        E, bias = spec.key_dim(dims), spec.has_bias(dims)
+        self.wq = nn.Linear(dims.d_model, H * E, bias=bias)
+        self.wk = nn.Linear(dims.d_model, K * E, bias=bias)
         self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
         self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
         if spec.qk_norm:
-            self.q_norm, self.k_norm = HeadNorm(D), HeadNorm(D)
+            self.q_norm, self.k_norm = HeadNorm(E), HeadNorm(E)
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
+
+    def new_cache(self) -> AnyLayerCache:
+        """An empty cache of the kind this layer decodes with."""
+        return LayerCache()
 
     def forward(
         self,
@@ -146,24 +168,38 @@ class Attention(nn.Module):
             return_attention_weights: also return the weights [B,H,T,S]; this runs the readable form.
         """
         context = context or Context()
-        source = x_BTC if memory_BSC is None else memory_BSC
-        q, k, v = self._project(x_BTC, source)
-        q_BHTD = self._split(q, self.n_heads)
-        k_BKSD, v_BKSD = self._split(k, self.kv_heads), self._split(v, self.kv_heads)
-        if self.spec.qk_norm:
-            q_BHTD, k_BKSD = self.q_norm(q_BHTD), self.k_norm(k_BKSD)
-        if memory_BSC is None:
-            q_BHTD, k_BKSD = context.encoding.rotate(q_BHTD), context.encoding.rotate(k_BKSD)
+        q_BHTE, k_BKSE, v_BKSD = self._heads(x_BTC, context, memory_BSC)
         if context.cache is not None:
-            k_BKSD, v_BKSD = context.cache.append(k_BKSD, v_BKSD)
-        y_BHTD, weights = self.attend(q_BHTD, k_BKSD, v_BKSD, context, attn_mask, return_attention_weights)
-        y_BTC = self.wo(y_BHTD.transpose(1, 2).flatten(2))
-        if self.out_dropout:
-            y_BTC = F.dropout(y_BTC, self.out_dropout, self.training)
-        return y_BTC, weights
+            assert isinstance(context.cache, LayerCache)
+            k_BKSE, v_BKSD = context.cache.append(k_BKSE, v_BKSD)
+        y_BHTD, weights = self.attend(q_BHTE, k_BKSE, v_BKSD, context, attn_mask, return_attention_weights)
+        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights
+
+    def _heads(self, x_BTC: Tensor, context: Context, memory_BSC: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Queries [B,H,T,E], keys [B,K,S,E] and values [B,K,S,D] of the pass's own tokens, normed and placed."""
+        q, k, v = self._project(x_BTC, x_BTC if memory_BSC is None else memory_BSC)
+        q_BHTE, k_BKSE, v_BKSD = (
+            split_heads(q, self.n_heads),
+            split_heads(k, self.kv_heads),
+            split_heads(v, self.kv_heads),
+        )
+        if self.spec.qk_norm:
+            q_BHTE, k_BKSE = self.q_norm(q_BHTE), self.k_norm(k_BKSE)
+        if memory_BSC is None:
+            q_BHTE, k_BKSE = self.place(q_BHTE, context.encoding), self.place(k_BKSE, context.encoding)
+        return q_BHTE, k_BKSE, v_BKSD
+
+    def place(self, x_BHTE: Tensor, encoding: Encoding) -> Tensor:
+        """Queries or keys with their positions worked in, where the position code does that."""
+        return encoding.rotate(x_BHTE)
+
+    def _out(self, y_BTF: Tensor) -> Tensor:
+        """The heads' outputs side by side [B,T,H·D], back to the residual stream [B,T,C]."""
+        y_BTC = self.wo(y_BTF)
+        return F.dropout(y_BTC, self.out_dropout, self.training) if self.out_dropout else y_BTC
 
     def _project(self, x_BTC: Tensor, source_BSC: Tensor) -> tuple[Tensor, ...]:
-        """Queries [B,T,H·D] of x, keys and values [B,S,K·D] of the source."""
+        """Queries [B,T,H·E] of x, keys [B,S,K·E] and values [B,S,K·D] of the source."""
         maps = (self.wq, self.wk, self.wv)
         if source_BSC is not x_BTC or not torch.is_grad_enabled():
             return tuple(w(h_BTC) for w, h_BTC in zip(maps, (x_BTC, source_BSC, source_BSC)))
@@ -172,10 +208,6 @@ class Attention(nn.Module):
         weight = torch.cat([w.weight for w in maps])
         bias = torch.cat([w.bias for w in maps]) if self.wq.bias is not None else None
         return F.linear(x_BTC, weight, bias).split([w.out_features for w in maps], dim=-1)
-
-    def _split(self, x: Tensor, n_heads: int) -> Tensor:
-        """[B,T,heads·D] → [B,heads,T,D]."""
-        return x.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)
 
     def attend(
         self,
@@ -190,7 +222,7 @@ class Attention(nn.Module):
 
         Here by softmax: the fused kernel, or the readable one inside `kernels.naive()` and where weights are wanted.
         """
-        scale = self.head_dim**-0.5
+        scale = q_BHTD.shape[-1] ** -0.5
         encoding, segments = context.encoding, context.segments
         if naive_wanted() or need_weights:
             y, weights = naive.attention(

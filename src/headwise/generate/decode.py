@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headwise.cache import ContiguousCache
 from headwise.errors import SettingsError
 from headwise.generate.sampling import Sampling
 from headwise.position import Position
@@ -71,7 +70,7 @@ def _stream(
 ) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    cache = ContiguousCache(model.spec.dims.n_layers)
+    cache = model.new_cache()
     ids_1T = torch.tensor([prompt], device=device)
     encoder_ids = {}
     if model.spec.architecture == "encoder_decoder":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headwise.attention import AttentionSpec, Context
-from headwise.cache import ContiguousCache
+from headwise.cache import ModelCache
 from headwise.errors import HeadwiseError
 from headwise.model.block import Block
 from headwise.position import Encoding, Position
@@ -40,7 +40,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, dims, layer, cross=cross) for layer in range(n_layers))
         self.final_norm = NORM.build(spec.norm.at(n_layers), dims) if spec.order != "post" else nn.Identity()
         specs = [spec.attention.at(layer) for layer in range(n_layers)]
-        self.head_dims = [a.heads(dims)[2] if isinstance(a, AttentionSpec) else dims.head_dim for a in specs]
+        self.rotary_dims = [a.rotary_dim(dims) if isinstance(a, AttentionSpec) else dims.head_dim for a in specs]
 
     def place(self, x_BTC: Tensor, positions: Tensor, seq_len: int) -> Tensor:
         """Embeddings with absolute positions added, where the code does that; refuses lengths it cannot place."""
@@ -48,6 +48,10 @@ class Stack(nn.Module):
             code.check_length(seq_len)
             x_BTC = code.embed(x_BTC, positions)
         return x_BTC
+
+    def new_cache(self) -> ModelCache:
+        """An empty cache for these blocks, each layer's of the kind its attention asks for."""
+        return ModelCache(block.attention.new_cache() for block in self.blocks)  # type: ignore[operator, union-attr]
 
     def _codes(self) -> Sequence[Position]:
         return list(self.positions)  # type: ignore[arg-type]
@@ -58,7 +62,7 @@ class Stack(nn.Module):
         positions: Tensor,
         *,
         segments: tuple[Tensor, Tensor] | None = None,
-        cache: ContiguousCache | None = None,
+        cache: ModelCache | None = None,
         memory_BSC: Tensor | None = None,
         memory_segments: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -68,7 +72,7 @@ class Stack(nn.Module):
         encodings: dict[tuple[int, int], Encoding] = {}
         memory_context = Context(segments=memory_segments)
         for layer, block in enumerate(self.blocks):
-            key = (layer % len(codes), self.head_dims[layer])
+            key = (layer % len(codes), self.rotary_dims[layer])
             if key not in encodings:
                 encodings[key] = codes[key[0]].encode(positions, seq_len, key[1])
             context = Context(
@@ -105,6 +109,10 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
         self.dropout = dims.dropout
 
+    def new_cache(self) -> ModelCache:
+        """An empty cache for decoding."""
+        raise NotImplementedError
+
     @property
     def activation_checkpointing(self) -> bool:
         return any(m.activation_checkpointing for m in self.modules() if isinstance(m, Stack))
@@ -114,6 +122,28 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Stack):
                 module.activation_checkpointing = wanted
+
+    def aux_loss(self) -> Tensor | None:
+        """What the modules add to the training loss (0-d, for the last forward pass); None where none does.
+
+        A module takes part by setting `aux_loss` in its forward pass.
+        """
+        found = (getattr(module, "aux_loss", None) for module in self.modules())
+        losses = [loss for loss in found if isinstance(loss, Tensor)]
+        return torch.stack(losses).sum() if losses else None
+
+    def metrics(self) -> dict[str, float]:
+        """What the modules measured of themselves in the last forward pass, as `MODULE.NAME` → value.
+
+        A module takes part by setting `metrics`, a dict of 0-d tensors without gradient, in its forward pass.
+        """
+        found = {
+            f"{name}.{key}": value
+            for name, module in self.named_modules()
+            if module is not self and isinstance(getattr(module, "metrics", None), dict)
+            for key, value in module.metrics.items()
+        }
+        return dict(zip(found, torch.stack(list(found.values())).tolist())) if found else {}
 
     def embed(self, ids_BT: Tensor, stack: Stack, positions: Tensor, seq_len: int) -> Tensor:
         """Token ids, int64 [B,T], to the vectors that enter the stack, float [B,T,C].

@@ -65,17 +65,28 @@ class Block(nn.Module):
             y_BTC = attend(h_BTC) + self.ffn(h_BTC)
             if self.cross_attention is not None and memory_BSC is not None:
                 y_BTC = y_BTC + look(self.cross_norm(x_BTC))
-            return x_BTC + y_BTC
+            return self.finish(x_BTC + y_BTC, h_BTC)
         x_BTC = self._around(x_BTC, attend, "attention")
         if self.cross_attention is not None and memory_BSC is not None:
             x_BTC = self._around(x_BTC, look, "cross")
-        return self._around(x_BTC, self.ffn, "ffn")
+        return self._around(x_BTC, self.ffn, "ffn", self.finish)
 
-    def _around(self, x_BTC: Tensor, f: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    def finish(self, x_BTC: Tensor, h_BTC: Tensor) -> Tensor:
+        """The stream x after the feed-forward of h, as the feed-forward wants to leave it; most leave it alone."""
+        return self.ffn.finish(x_BTC, h_BTC) if hasattr(self.ffn, "finish") else x_BTC
+
+    def _around(
+        self,
+        x_BTC: Tensor,
+        f: Callable[[Tensor], Tensor],
+        name: str,
+        finish: Callable[[Tensor, Tensor], Tensor] = lambda x_BTC, h_BTC: x_BTC,
+    ) -> Tensor:
         norm = getattr(self, f"{name}_norm")
         if self.order == "post":
-            return norm(x_BTC + f(x_BTC))
-        y_BTC = f(norm(x_BTC))
+            return norm(finish(x_BTC + f(x_BTC), x_BTC))
+        h_BTC = norm(x_BTC)
+        y_BTC = f(h_BTC)
         if self.order == "sandwich":
             y_BTC = getattr(self, f"{name}_out_norm")(y_BTC)
-        return x_BTC + y_BTC
+        return finish(x_BTC + y_BTC, h_BTC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.cache import ContiguousCache
+from headwise.cache import ModelCache
 from headwise.errors import HeadwiseError
 from headwise.model.base import LanguageModel, Stack, check_ids, segment_positions
 from headwise.spec import ModelSpec
@@ -18,9 +18,11 @@ class Decoder(LanguageModel):
         super().__init__(spec)
         self.stack = Stack(spec, spec.dims.n_layers, causal=spec.causal)
 
-    def forward(
-        self, ids_BT: Tensor, *, segments: Tensor | None = None, cache: ContiguousCache | None = None
-    ) -> Tensor:
+    def new_cache(self) -> ModelCache:
+        """An empty cache for decoding."""
+        return self.stack.new_cache()
+
+    def forward(self, ids_BT: Tensor, *, segments: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
         """Logits [B,T,V] of token ids int64 [B,T].
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.cache import ContiguousCache
+from headwise.cache import ModelCache
 from headwise.model.base import LanguageModel, Stack, check_ids, segment_positions
 from headwise.spec import ModelSpec
 
@@ -29,12 +29,16 @@ class EncoderDecoder(LanguageModel):
         x_BSC = self.embed(encoder_ids_BS, self.encoder, positions, S)
         return self.encoder(x_BSC, positions, segments=pair)
 
+    def new_cache(self) -> ModelCache:
+        """An empty cache for the decoder's tokens, and for what the encoder read."""
+        return self.decoder.new_cache()
+
     def forward(
         self,
         ids_BT: Tensor,
         *,
         segments: Tensor | None = None,
-        cache: ContiguousCache | None = None,
+        cache: ModelCache | None = None,
         encoder_ids: Tensor | None = None,
         encoder_segments: Tensor | None = None,
     ) -> Tensor:

@@ -17,6 +17,7 @@ from headwise.spec.grammar import parse
 from headwise.spec.model import ModelSpec
 
 BYTES_PER_NUMBER = 2  # a cache in bfloat16 or float16
+BYTES_PER_STATE_NUMBER = 4  # a recurrence's state adds up over all tokens and stays in float32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Counts:
         flops_per_token: forward FLOPs a token, averaged over the context.
         train_flops_per_token: forward and backward.
         kv_bytes_per_token: bytes one token adds to the caches of all layers, at 2 bytes a number.
-        kv_cache_bytes: bytes held after `context` tokens (windows forget).
+        kv_cache_bytes: bytes held after `context` tokens (windows forget, a recurrence's state is counted once).
     """
 
     params: int
@@ -107,5 +108,6 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
         flops_per_token=flops,
         train_flops_per_token=3 * flops,
         kv_bytes_per_token=BYTES_PER_NUMBER * sum(n for n, _ in numbers),
-        kv_cache_bytes=BYTES_PER_NUMBER * sum(n * tokens for n, tokens in numbers),
+        kv_cache_bytes=BYTES_PER_NUMBER * sum(n * tokens for n, tokens in numbers)
+        + BYTES_PER_STATE_NUMBER * sum(a.state_numbers(dims) for a in cached),
     )

@@ -110,7 +110,7 @@ class ModelSpec(BaseModel):
             for layer in range(min(self.n_layers or period, period)):
                 attention, position = self.attention.at(layer), self.position.at(layer)
                 if isinstance(attention, AttentionSpec) and isinstance(position, PositionSpec):
-                    for problem in position.check_head(attention.heads(dims)[2]):
+                    for problem in position.check_head(attention.rotary_dim(dims)):
                         heads[problem.message] = problem
             problems += heads.values()
         return problems
@@ -189,9 +189,13 @@ class ModelSpec(BaseModel):
         )
 
     def _turns(self, head_dim: int) -> bool:
-        """Whether the position code takes heads of this width."""
+        """Whether attention and position code take heads of this width."""
         codes = self.position.items if isinstance(self.position, Pattern) else (self.position,)
-        return not any(code.check_head(head_dim) for code in codes if isinstance(code, PositionSpec))
+        kinds = self.attention.items if isinstance(self.attention, Pattern) else (self.attention,)
+        n_heads = self.n_heads or self._kv_heads()
+        dims = Dims(d_model=head_dim * n_heads, n_heads=n_heads)
+        turned = {a.rotary_dim(dims) for a in kinds if isinstance(a, AttentionSpec) and not a.check(dims)} or {head_dim}
+        return not any(code.check_head(width) for code in codes if isinstance(code, PositionSpec) for width in turned)
 
     def _kv_heads(self) -> int:
         """A number that n_heads must divide by."""

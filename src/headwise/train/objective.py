@@ -73,6 +73,12 @@ def loss_sum(model: nn.Module, example: Example) -> Tensor:
     )
 
 
+def training_loss(model: nn.Module, example: Example) -> tuple[Tensor, Tensor | None]:
+    """`loss_sum`, and what the model's mechanisms add to the mean loss while training (None: nothing)."""
+    loss = loss_sum(model, example)
+    return loss, model.aux_loss()  # type: ignore[operator]
+
+
 def next_token(batch: Batch, step: int) -> Example:
     """The decoder's objective: the batch as it comes."""
     return Example(batch.ids, batch.targets, batch.segments)

@@ -14,7 +14,7 @@ from headwise.model import build
 from headwise.train.evaluation import EvalResult, autocast, evaluate
 from headwise.train.guards import all_finite, find_culprit
 from headwise.train.job import Job
-from headwise.train.objective import Example, loss_sum, make_objective
+from headwise.train.objective import Example, loss_sum, make_objective, training_loss
 from headwise.train.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from headwise.train.schedules import make_schedule
 
@@ -61,7 +61,7 @@ class Trainer:
         )
         # float16's narrow exponent needs its gradients scaled; for other types the scaler does nothing at all.
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=settings.dtype == "float16")
-        self.loss_sum = torch.compile(loss_sum, dynamic=False) if settings.compile else loss_sum
+        self.training_loss = torch.compile(training_loss, dynamic=False) if settings.compile else training_loss
         self.at = Progress()
         self.last_lr, self.last_norm = 0.0, 0.0
 
@@ -79,9 +79,12 @@ class Trainer:
         total = torch.zeros((), device=self.job.device)
         for part in parts:
             with autocast(self.job.device, settings.dtype):
-                loss = self.loss_sum(self.model, part) / count
-            self.scaler.scale(loss).backward()
+                loss, aux = self.training_loss(self.model, part)
+                loss = loss / count
             total += loss.detach()
+            if aux is not None:
+                loss = loss + aux / len(parts)
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm_0d = torch.nn.utils.get_total_norm(gradients)
@@ -148,6 +151,7 @@ class Trainer:
             "seconds": at.seconds,
             "tokens_per_s": at.since_steps * self.tokens_per_step / at.since_seconds,
         }
+        values |= self.model.metrics()
         if at.val_step == at.step:
             values["val_loss"] = at.val_nats
             values["bits_per_byte"] = at.val_bits
