@@ -7,32 +7,15 @@ import json
 import platform
 import re
 import statistics
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headwise.lab.timing import interleaved as interleaved
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round.
-
-    The tasks take turns, and take turns at going first, so that a slow spell of a shared machine falls on all of them.
-    """
-    for task in tasks.values():
-        task()
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    names = list(tasks)
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            start = time.perf_counter()
-            tasks[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import headwise as hw
-from common import interleaved
 from headwise.attention import Attention, Context
 from headwise.lab.stats import ratio_summary
+from headwise.lab.timing import interleaved
+from headwise.lab.timing import kept_bytes as kept_bytes
 
 ROUNDS = 11
 SLICE_SECONDS = 0.03  # a task is repeated until one round's share takes about this long
@@ -39,22 +40,6 @@ def ratios(tasks: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict
         assert summary is not None
         found[name] = [1.0, None, None] if name == first else [summary.ratio, summary.lo, summary.hi]
     return found
-
-
-def kept_bytes(forward: Callable[[], Tensor], own: nn.Module | None = None) -> int:
-    """Bytes of the tensors that autograd keeps until the backward pass; parameters of `own` are not counted."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()
-    for parameter in own.parameters() if own is not None else ():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del result
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from headwise.errors import HeadwiseError
+from headwise.lab.timing import resident_peak
 from headwise.train.job import prepare, torch_state
 from headwise.train.settings import TrainSettings
 from headwise.train.trainer import Trainer
@@ -127,29 +126,12 @@ def peak_memory(line: str, settings: TrainSettings, dataset: Dataset) -> float:
             return torch.cuda.max_memory_allocated(job.device) - before
         # The libraries' own buffers and code pages, which the first step of any model brings in, are no model's cost.
         _two_steps(Trainer(prepare("gpt2(d_model=32, n_layers=1, n_heads=2)", settings, dataset)))
-        before = _resident_peak(reset=True)
+        before = resident_peak(reset=True)
         _two_steps(Trainer(job))
-        return _resident_peak() - before
+        return resident_peak() - before
 
 
 def _two_steps(trainer: Trainer) -> None:
     # Two: gradients and the optimiser's state exist at the same time as activations only from the second step on.
     trainer.update()
     trainer.update()
-
-
-def _resident_peak(*, reset: bool = False) -> float:
-    """The largest resident memory of this process so far, in bytes; `reset` makes it what is resident now."""
-    status = Path("/proc/self/status")
-    if reset and status.exists():
-        with suppress(OSError):  # where it is forbidden, the peak includes that of the imports
-            Path("/proc/self/clear_refs").write_text("5")
-    if status.exists():
-        # Not getrusage: across fork and exec Linux hands the parent's peak on to it.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return 1024.0 * int(fields["VmHWM"].split()[0])
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else 1024 * peak)
