@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class HeadwiseError(Exception):
@@ -39,13 +40,7 @@ class SpecError(HeadwiseError, ValueError):
     def __init__(self, problems: Sequence[Problem] | str, *, where: str = "") -> None:
         self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)
         self.where = where
-        lines = [str(p) for p in self.problems]
-        head = f"in {where!r}: " if where else ""
-        if len(lines) > 1:
-            text = f"{head}{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
-        else:
-            text = head + "".join(lines)
-        super().__init__(text)
+        super().__init__((f"in {where!r}: " if where else "") + listed(str(p) for p in self.problems))
 
 
 class RegistryError(HeadwiseError):
@@ -53,9 +48,13 @@ class RegistryError(HeadwiseError):
 
 
 class SettingsError(HeadwiseError):
-    """A setting (keyword or flag) out of its range, or two that contradict each other."""
+    """A setting (keyword or flag) out of its range, or two that contradict each other. Carries all problems found."""
 
     exit_code = 2
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(listed(self.problems))
 
 
 class DataError(HeadwiseError):
@@ -74,6 +73,35 @@ class Interrupted(HeadwiseError):
     """Ctrl-C: what was reached is saved, and the message says how to go on."""
 
     exit_code = 130
+
+
+def listed(texts: Iterable[str]) -> str:
+    """One problem as it is, several as a list with their number."""
+    lines = list(texts)
+    return (
+        "\n".join([f"{len(lines)} problems", *(f"  - {line}" for line in lines)]) if len(lines) > 1 else "".join(lines)
+    )
+
+
+def together(*makers: Callable[[], Any]) -> list[Any]:
+    """What the makers return; where several fail on what was asked for, the problems of all in one error.
+
+    Raises:
+        SpecError: of the only maker that failed so.
+        SettingsError: of the only one, or of all.
+    """
+    made, errors = [], []
+    for make in makers:
+        try:
+            made.append(make())
+        except (SpecError, SettingsError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        where = [f"in {error.where!r}: " if isinstance(error, SpecError) and error.where else "" for error in errors]
+        raise SettingsError([f"{at}{problem}" for at, error in zip(where, errors) for problem in error.problems])
+    return made
 
 
 _REPR = reprlib.Repr()

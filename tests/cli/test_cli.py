@@ -296,6 +296,12 @@ def test_train_generate_eval_resume(
     assert loss["nats"] == pytest.approx(figures["val_loss"], rel=1e-6)
     on_train = run_json(capsys, "eval", str(trained), "--data", text, "--split", "train")
     assert on_train["n_tokens"] > loss["n_tokens"]
+    both = run_json(capsys, "eval", str(trained), "--data", text, "--split", "all")
+    assert both["n_tokens"] == loss["n_tokens"] + on_train["n_tokens"]
+    mean = (loss["nats"] * loss["n_tokens"] + on_train["nats"] * on_train["n_tokens"]) / both["n_tokens"]
+    assert both["nats"] == pytest.approx(mean)
+    assert min(loss["bits_per_byte"], on_train["bits_per_byte"]) < both["bits_per_byte"]
+    assert both["bits_per_byte"] < max(loss["bits_per_byte"], on_train["bits_per_byte"])
     options = ["--prompt", "the ", "--max-new-tokens", "12", "--seed", "3"]
     written = run_json(capsys, "generate", str(trained), *options)
     assert len(written["text"]) == 12
@@ -378,3 +384,29 @@ def test_an_out_that_is_a_file_is_one_line(text: str, tmp_path: Path, capsys: py
     taken.touch()
     code, out, err = run(capsys, "train", GPT2, "--data", text, *QUICK, "--out", str(taken))
     assert (code, out, err) == (2, "", f"error: out: {taken} is a file; choose a folder\n")
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "show"])
+def test_wrong_lines_and_wrong_settings_are_told_together(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["gpt3", "llama(d_modle=4)"][: 1 if command == "train" else 2]
+    wrong = {"show": ["--context", "0"]}.get(command, ["--lr", "-1", "--device", "gpu", "--betas", "0.9"])
+    status, out, err = run(capsys, command, *lines, *wrong)
+    assert (status, out) == (2, "")
+    parts = ["unknown preset 'gpt3'", "did you mean 'd_model'?"][: len(lines)]
+    parts += (
+        ["context: given"] if command == "show" else ["lr: given '-1'", "device: given 'gpu'", "betas: given [0.9]"]
+    )
+    assert f"error: {len(parts)} problems\n" in err
+    for part in parts:
+        assert part in err
+
+
+def test_shown_columns_are_headed_by_what_they_count(capsys: pytest.CaptureFixture[str]) -> None:
+    (facts,) = run_json(capsys, "show", "llama", "--model.attention.kind", "window", "--model.attention.window", "8")
+    assert facts["line"] == "llama(attention=window(8))"
+
+
+def test_lists_have_no_trailing_blanks(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "list")
+    assert out.splitlines()
+    assert all(line == line.rstrip() for line in out.splitlines())

@@ -348,7 +348,7 @@ def test_all_problems_of_all_lines_come_at_once() -> None:
         (["gpt2", "llama"], {"lr_grid": [1e-3, 1e-2], "min_lr": 5e-3}, "min_lr: 0.005 is more than 0.001 of lr_grid"),
         (["gpt2", "llama"], {"sedes": 3}, "did you mean 'seeds'"),
         (["gpt2", "llama"], {"workers": 0}, "workers"),
-        (["gpt2", "llama"], {"device": "tpu"}, "^device: 'tpu' is not on this machine"),
+        (["gpt2", "llama"], {"device": "tpu"}, "^device: given 'tpu', should be auto"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(lines: list[str], settings: dict[str, Any], said: str) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from headwise.cli.arguments import Parser, read_lines, show
 from headwise.cli.outcome import new_folder, tell_comparison
+from headwise.errors import together
 from headwise.lab.compare import compare
 from headwise.lab.settings import CompareSettings
-from headwise.spec import ModelSpec
 
 EXAMPLES = """
 compare gpt2 llama 'llama(attention=gqa(kv_heads=2))' --data shakespeare --seeds 6 --steps 300 --out runs/first
@@ -33,15 +33,17 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and do nothing")
     arguments = parser.read(argv, CompareSettings)
-    lines: Sequence[str | ModelSpec] = arguments.options.lines
-    if arguments.flags:
-        lines = read_lines(arguments.options.lines, arguments.flags)
+    lines, settings = together(
+        lambda: read_lines(arguments.options.lines, arguments.flags),
+        lambda: CompareSettings(**{"out": new_folder("compare"), **arguments.settings}),
+    )
+    if not arguments.flags:
+        lines = arguments.options.lines  # as they were written, which is how they are shown
     if arguments.options.dry_run:
         from headwise.lab.estimate import estimate_comparison
 
         estimate = estimate_comparison(lines, CompareSettings(**arguments.settings))
         show(arguments, estimate.as_json(), lambda: print(estimate))
         return 0
-    settings = CompareSettings(**{"out": new_folder("compare"), **arguments.settings})
     result = compare(lines, settings, progress=True)
     return tell_comparison(arguments, result, Path(settings.out or ""))

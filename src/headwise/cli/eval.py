@@ -14,7 +14,7 @@ from headwise.train.settings import Settings
 
 EXAMPLES = """
 eval runs/gpt2 --data shakespeare
-eval runs/gpt2 --data other.txt --split train --json
+eval runs/gpt2 --data other.txt --split all --json
 """
 
 
@@ -24,7 +24,9 @@ class EvalSettings(Settings):
     data: str = Field("shakespeare", description="shakespeare, a text file, folder, .jsonl, .parquet or hf:owner/name")
     text_column: str = Field("text", description="column that holds the text in .jsonl, .parquet and hf: data")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text, at its end, that is the val split")
-    split: Literal["val", "train"] = Field("val", description="the part of the data to evaluate, all of it")
+    split: Literal["val", "train", "all"] = Field(
+        "val", description="what is evaluated: the last val_fraction of the data, what stands before it, or both"
+    )
     seq_len: int | None = Field(None, ge=2, description="tokens of a window, default as the model was trained")
     batch_size: int | None = Field(None, ge=1, description="windows at once, default as many as suit the machine")
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
@@ -39,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from headwise.data import load_dataset, load_tokenizer
     from headwise.io.pretrained import load
     from headwise.train import evaluate
+    from headwise.train.evaluation import together_over
     from headwise.train.job import resolve_device
 
     model = load(arguments.options.folder, device=resolve_device(settings.device))
@@ -48,9 +51,13 @@ def main(argv: Sequence[str]) -> int:
         text_column=settings.text_column,
         val_fraction=settings.val_fraction,
     )
-    tokens = dataset.val if settings.split == "val" else dataset.train
-    result = evaluate(model, tokens, seq_len=settings.seq_len, batch_size=settings.batch_size)
+    parts = {"val": [dataset.val], "train": [dataset.train], "all": [dataset.train, dataset.val]}[settings.split]
+    result = together_over(
+        [evaluate(model, tokens, seq_len=settings.seq_len, batch_size=settings.batch_size) for tokens in parts],
+        [tokens.n_bytes for tokens in parts],
+    )
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits a byte"
-    text = f"{result.nats:.4f} nats a token{bits}, over {result.n_tokens:,} tokens of {dataset.name} ({settings.split})"
+    about = {"val": f"val, its last {settings.val_fraction:.0%}", "train": "train", "all": "all of it"}[settings.split]
+    text = f"{result.nats:.4f} nats a token{bits}, over {result.n_tokens:,} tokens of {dataset.name} ({about})"
     show(arguments, {**asdict(result), "data": dataset.name, "split": settings.split}, lambda: print(text))
     return 0

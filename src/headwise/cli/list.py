@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwise.cli import COMMANDS
 from headwise.cli.arguments import Parser, show
 from headwise.errors import SettingsError, one_of
 from headwise.registry import FAMILIES, Registry
 from headwise.spec.presets import PRESETS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 KINDS = ("preset", *FAMILIES, "command")
 EXAMPLES = """
@@ -54,19 +57,26 @@ def _aliases(registry: Registry, kind: str) -> list[str]:
 
 def _print(found: dict[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
     for kind, rows in found.items():
-        table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for row in rows:
-            text = row["summary"]
-            if row["aliases"]:
-                text += f" (also: {', '.join(row['aliases'])})"
-            if row.get("sizes"):
-                text += f" (sizes: {', '.join(row['sizes'])})"
-            table.add_row(Text(f"  {row['name']}", style="cyan"), Text(text))
-        console.print(table)
+        with console.capture() as captured:
+            console.print(_table(kind, rows))
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for row in rows:
+        text = row["summary"]
+        if row["aliases"]:
+            text += f" (also: {', '.join(row['aliases'])})"
+        if row.get("sizes"):
+            text += f" (sizes: {', '.join(row['sizes'])})"
+        table.add_row(Text(f"  {row['name']}", style="cyan"), Text(text))
+    return table

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from headwise.cli.arguments import Parser, read_lines, show
+from headwise.errors import together
 from headwise.lab.render import quantity
 from headwise.spec import ModelSpec, count
 from headwise.spec.grammar import to_yaml
@@ -41,9 +42,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("lines", nargs="+", metavar="LINE", help="an architecture: a line or a YAML file")
     parser.add_argument("--yaml", action="store_true", help="print the lines as YAML instead")
     arguments = parser.read(argv, ShowSettings)
-    settings = ShowSettings(**arguments.settings)
     lines = arguments.options.lines
-    specs = read_lines(lines, arguments.flags)
+    specs, settings = together(lambda: read_lines(lines, arguments.flags), lambda: ShowSettings(**arguments.settings))
+    if arguments.flags:
+        lines = [str(spec) for spec in specs]
     if arguments.options.yaml:
         print("---\n".join(to_yaml(spec) for spec in specs), end="")
         return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from headwise.cli.arguments import Parser, read_lines, say, show
 from headwise.cli.outcome import new_folder, tell_run
+from headwise.errors import together
 from headwise.train import TrainSettings, train
 from headwise.train.folder import RunFolder
 from headwise.train.job import prepare
@@ -29,14 +30,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("line", metavar="LINE", help="the architecture: a line or a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and do nothing")
     arguments = parser.read(argv, TrainSettings)
-    (line,) = read_lines([arguments.options.line], arguments.flags)
+    (line,), settings = together(
+        lambda: read_lines([arguments.options.line], arguments.flags),
+        lambda: TrainSettings(**{"out": new_folder("train"), **arguments.settings}),
+    )
     if arguments.options.dry_run:
         from headwise.lab.estimate import estimate_training
 
         estimate = estimate_training(line, TrainSettings(**arguments.settings))
         show(arguments, estimate.as_json(), lambda: print(estimate))
         return 0
-    settings = TrainSettings(**{"out": new_folder("train"), **arguments.settings})
     if settings.out is not None:
         RunFolder(settings.out).check_free()  # before the data are read, and before anything is announced
     dataset = prepare(line, settings).dataset

@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from headwise.errors import HeadwiseError, Interrupted
+from headwise.errors import HeadwiseError, Interrupted, together
 from headwise.lab.display import Display, Row, make_display
 from headwise.lab.folder import CompareFolder, finish_run, note_failure, read_record
-from headwise.lab.plan import Plan, make_plan, settings_json
+from headwise.lab.plan import Plan, make_plan, read_all, settings_json
 from headwise.lab.result import (
     CompareResult,
     DatasetInfo,
@@ -37,7 +37,7 @@ from headwise.lab.runner import Pool, Task, WorkerSetup, cores, needed_by
 from headwise.lab.settings import CompareSettings
 from headwise.lab.summary import make_labels, summarise
 from headwise.lab.worker import MARK
-from headwise.spec import ModelSpec
+from headwise.spec import ModelSpec, parse
 from headwise.train.folder import RunFolder, environment
 from headwise.train.guards import StopRequest, catch_signals
 from headwise.train.job import pinned
@@ -79,7 +79,10 @@ def compare(
             "for the script is loaded by every worker"
         )
     given = {} if settings is None else settings.model_dump(exclude_unset=True)
-    chosen = CompareSettings(**{**given, **changes})
+    chosen, _ = together(
+        lambda: CompareSettings(**{**given, **changes}),
+        lambda: read_all([] if isinstance(lines, str) else lines, parse),
+    )
     plan = make_plan(lines, _pinned(chosen))
     with ExitStack() as stack:
         root = chosen.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headwise-")))

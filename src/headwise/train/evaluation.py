@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +78,16 @@ def evaluate(
     nats = total / count
     codes_text = model.spec.architecture != "encoder"
     return EvalResult(nats, tokens.bits_per_byte(nats * tokens.n_targets) if codes_text else None, count)
+
+
+def together_over(results: Sequence[EvalResult], n_bytes: Sequence[int]) -> EvalResult:
+    """The result over several splits, from each split's own and its bytes of UTF-8 text."""
+    n_tokens = sum(result.n_tokens for result in results)
+    nats = sum(result.nats * result.n_tokens for result in results) / n_tokens
+    bits = [result.bits_per_byte for result in results]
+    known = [each for each in bits if each is not None]
+    mean = sum(b * n for b, n in zip(known, n_bytes)) / sum(n_bytes) if len(known) == len(bits) else None
+    return EvalResult(nats, mean, n_tokens)
 
 
 def _rows(vocab_size: int, seq_len: int, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise.errors import DataError, Interrupted, SettingsError, TrainingError
+from headwise.errors import DataError, Interrupted, SettingsError, TrainingError, together
 from headwise.io.atomic import WriteError, write_json
 from headwise.io.checkpoint import Checkpoint, load_newest, save_checkpoint
 from headwise.spec import ModelSpec, parse
@@ -81,11 +81,11 @@ def train(
     not finite), `WriteError` (disk full) and `Interrupted` (SIGINT, SIGTERM), after which `resume` goes on where `out`
     is set. The same line, settings, machine and number of threads give the same bits.
     """
-    settings = _merged(settings, changes)
+    given = settings
+    settings, spec = together(lambda: _merged(given, changes), lambda: parse(line) if isinstance(line, str) else line)
     folder = None if settings.out is None else RunFolder(settings.out)
     if folder is not None:
         folder.check_free()
-    spec = parse(line) if isinstance(line, str) else line
     job = prepare(spec, settings, dataset)
     with torch_state(settings, job.device):
         trainer = Trainer(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,13 +36,11 @@ class Settings(BaseModel):
             problems = [cls._describe(detail) for detail in details]
             wrong = {str(detail["loc"][0]) for detail in details if detail["loc"]}
             if not isinstance(values, dict):
-                raise SettingsError("; ".join(problems)) from None
+                raise SettingsError(problems) from None
             made = handler({name: value for name, value in values.items() if name not in wrong})
         problems += [text for fields, text in made.contradictions() if not wrong.intersection(fields)]
-        if len(problems) == 1:
-            raise SettingsError(problems[0])
         if problems:
-            raise SettingsError("\n".join([f"{len(problems)} problems", *(f"  - {text}" for text in problems)]))
+            raise SettingsError(problems)
         return made
 
     @classmethod
@@ -49,6 +48,9 @@ class Settings(BaseModel):
         name = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
             return one_of(name, cls.model_fields, "setting")
+        if detail["type"] == "missing":  # an item of a list or pair
+            name, given = name.rpartition(".")[0], detail["input"]
+            return f"{name}: given {given!r}, too few values"
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
         return f"{name}: given {detail['input']!r}, {message}"
 
@@ -111,6 +113,8 @@ class TrainSettings(Settings):
             pattern: factor for pattern, factor in self.lr_multipliers.items() if not 0 <= factor < float("inf")
         }:
             yield ("lr_multipliers",), f"lr_multipliers: given {bad}, factors should be finite and not negative"
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            yield ("device",), f"device: given {self.device!r}, should be auto, cpu, cuda, cuda:N or mps"
         if self.dtype == "float16" and self.device == "cpu":
             yield ("dtype", "device"), "dtype: float16 needs a GPU; on the CPU use bfloat16 or float32"
         if self.tensorboard and self.out is None:
