@@ -35,6 +35,29 @@ class VeinMap(nn.Linear):
         """Nothing: the projector above fills both maps together."""
 
 
+class VeinInnerMap(nn.Linear):
+    """A map between vectors that are in the vein already: a few numbers wide, so that a scheme made for wide matrices
+    (std 0.02) would let almost nothing through. Starts at N(0, gain²/in), biases at 0.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, gain: float = 0.5) -> None:
+        self.gain = gain
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """As `initialise`, from torch's global generator."""
+        if not self.weight.is_meta:
+            self.initialise(None)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Fill the map; None draws from torch's global generator."""
+        std = self.gain / math.sqrt(self.in_features)
+        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+
 class VeinProjector(nn.Module):
     """V: C → r and U: r → C without bias, 2·C·r numbers (document 000).
 
