@@ -31,6 +31,7 @@ FLOORS = {
     "spec": 4,
     "model": 5,
     "io": 6,
+    "blocks": 6,
     "data": 6,
     "train": 7,
     "generate": 7,

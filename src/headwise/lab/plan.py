@@ -17,6 +17,7 @@ from headwise.model import build
 from headwise.spec import ModelSpec, count, parse
 from headwise.train.job import prepare, resolve_device
 from headwise.train.optim import lr_factors
+from headwise.train.vein import vein_factors
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +182,7 @@ def _check_buildable(spec: ModelSpec, settings: CompareSettings) -> None:
     except Exception as error:  # a third party's mechanism may fail in any way
         raise SpecError(f"cannot be built: {type(error).__name__}: {error}") from error
     lr_factors((name for name, _ in model.named_parameters()), settings.lr_multipliers)
+    vein_factors(model, settings)
 
 
 def settings_json(settings: CompareSettings) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from headwise.spec import ModelSpec, parse
 from headwise.train.allocator import kept_memory
 from headwise.train.objective import vocab_needed
 from headwise.train.settings import TrainSettings
+from headwise.train.vein import with_last_tau
 
 if TYPE_CHECKING:
     from headwise.data import Dataset
@@ -77,7 +78,7 @@ def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | N
             f"seq_len: {settings.seq_len} is more than the line's max_seq_len={spec.dims.max_seq_len}; "
             f"choose at most {spec.dims.max_seq_len}"
         )
-    return Job(spec, settings, dataset, device)
+    return Job(with_last_tau(spec, settings), settings, dataset, device)
 
 
 def torch_state(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:

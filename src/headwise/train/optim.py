@@ -15,6 +15,7 @@ import torch
 
 from headwise.errors import FormatError, SettingsError, nearest
 from headwise.train.settings import TrainSettings
+from headwise.train.vein import vein_factors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,11 +50,11 @@ def _prefixes(name: str) -> list[str]:
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the model's trainable parameters; each group carries `factor`, which the loop multiplies `lr` by."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    factors = lr_factors(named, settings.lr_multipliers)
+    factors, veins = lr_factors(named, settings.lr_multipliers), vein_factors(model, settings)
     groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
     for name, parameter in named.items():
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-        groups[decay, factors[name]].append(parameter)
+        groups[decay, factors[name] * veins.get(name, 1.0)].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "factor": factor}

@@ -82,6 +82,13 @@ class TrainSettings(Settings):
     lr_multipliers: dict[str, float] = Field(
         default_factory=dict, description="factors of the learning rate by name pattern, as {'*.vein.*': 0.1}"
     )
+    vein_lr: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="learning rate of the vein's parameters as a share of lr, as 0.2"
+    )
+    vein_freeze: int = Field(0, ge=0, description="updates at the start in which the vein stays as it is")
+    tau_schedule: tuple[float, ...] = Field(
+        (), description="thresholds of the normal compensation, one after another over the run, as 0.25,0.18,0.10"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of matrix products (autocast; parameters stay float32); float16 needs a GPU"
     )
@@ -113,6 +120,13 @@ class TrainSettings(Settings):
             pattern: factor for pattern, factor in self.lr_multipliers.items() if not 0 <= factor < float("inf")
         }:
             yield ("lr_multipliers",), f"lr_multipliers: given {bad}, factors should be finite and not negative"
+        if bad_tau := [tau for tau in self.tau_schedule if not 0 <= tau < float("inf")]:
+            yield ("tau_schedule",), f"tau_schedule: given {bad_tau}, thresholds should be finite and not negative"
+        if len(self.tau_schedule) > self.steps:
+            yield (
+                ("tau_schedule", "steps"),
+                f"tau_schedule: {len(self.tau_schedule)} values are more than steps={self.steps}; give fewer",
+            )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             yield ("device",), f"device: given {self.device!r}, should be auto, cpu, cuda, cuda:N or mps"
         if self.dtype == "float16" and self.device == "cpu":

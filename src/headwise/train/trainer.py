@@ -17,6 +17,7 @@ from headwise.train.job import Job
 from headwise.train.objective import Example, loss_sum, make_objective, training_loss
 from headwise.train.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from headwise.train.schedules import make_schedule
+from headwise.train.vein import VeinSchedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,7 @@ class Trainer:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.model, settings)
         self.schedule = make_schedule(settings)
+        self.veins = VeinSchedule(self.model, settings)
         self.objective = make_objective(job.spec, settings.seed)
         self.batches = Batches(
             job.dataset.train, settings.batch_size * settings.accumulate, settings.seq_len, settings.seed
@@ -73,6 +75,7 @@ class Trainer:
         """
         began = time.perf_counter()
         settings, at = self.job.settings, self.at
+        self.veins.set(at.step)
         example = self.objective(self.batches.batch(at.step), at.step)
         count = max(1, example.count())
         parts = example.to(self.job.device).split(settings.accumulate)

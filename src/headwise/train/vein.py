@@ -1,0 +1,77 @@
+"""What document 000 advises for training a vein: a smaller learning rate, a frozen start, a threshold τ on a schedule.
+
+All three are pure functions of the update's number, so a resumed run needs no state of theirs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headwise.errors import SettingsError
+from headwise.ffn.vft import NormalCompensator, VFTSpec
+from headwise.registry import ComponentSpec, Pattern
+from headwise.spec import ModelSpec
+from headwise.train.settings import TrainSettings
+from headwise.vein import vein_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
+    """The spec with the τ that `tau_schedule` ends with, so that the trained model is evaluated, saved and loaded with
+    the τ it has come to.
+
+    Raises:
+        SettingsError: a schedule for a line that compensates nowhere.
+    """
+    if not settings.tau_schedule:
+        return spec
+    items = spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
+    if not any(isinstance(item, VFTSpec) and item.s_normals for item in items):
+        raise SettingsError(
+            f"tau_schedule: {str(spec)!r} has no normal compensation whose τ could change; "
+            f"give its feed-forward one, as vft(s_normals=1), or leave tau_schedule out"
+        )
+
+    def at_the_end(item: ComponentSpec) -> ComponentSpec:
+        return item.model_copy(update={"tau": settings.tau_schedule[-1]}) if isinstance(item, VFTSpec) else item
+
+    if isinstance(spec.ffn, Pattern):
+        return spec.replace(ffn=Pattern(items=tuple(at_the_end(item) for item in items)))
+    return spec.replace(ffn=at_the_end(spec.ffn))
+
+
+def vein_factors(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
+    """The learning-rate factor of each of the vein's parameters, by name; empty where the settings name none.
+
+    Raises:
+        SettingsError: `vein_lr` or `vein_freeze` for a model without a vein.
+    """
+    names = list(vein_parameters(model))
+    for setting in ("vein_lr", "vein_freeze"):
+        if getattr(settings, setting) and not names:
+            raise SettingsError(
+                f"{setting}: this model has no vein; leave {setting} out, or use a mechanism that has one, "
+                f"as attention=tva(rank=8) not folded, or ffn=vft(rank=16)"
+            )
+    return {} if settings.vein_lr is None else dict.fromkeys(names, settings.vein_lr)
+
+
+class VeinSchedule:
+    """Sets a model up for one update after another: the vein frozen or not, τ at its value."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+        self._settings = settings
+        self._parameters = list(vein_parameters(model).values()) if settings.vein_freeze else []
+        self._compensators = [m for m in model.modules() if isinstance(m, NormalCompensator)]
+
+    def set(self, step: int) -> None:
+        """Before update `step` (0-based). A frozen parameter has no gradient, so AdamW neither moves nor decays it."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(step >= self._settings.vein_freeze)
+        values = self._settings.tau_schedule
+        if values:
+            tau = values[min(len(values) - 1, step * len(values) // self._settings.steps)]
+            for compensator in self._compensators:
+                compensator.tau = tau
