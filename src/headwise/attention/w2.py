@@ -184,7 +184,7 @@ class W2Attention(Attention):
             return y, weights if need_weights else None
         q_BHTE, k_BKSE = fast.products(
             q_BHTE, k_BKSE, key_term_BKS, tau_H11,
-            bias_factors=encoding.bias_factors(q_BHTE) if causal else None, least_width=v_BKSD.shape[-1],
+            bias_factors=encoding.bias_factors(q_BHTE) if causal else None,
         )  # fmt: skip
         y = sdpa.attention(
             q_BHTE, k_BKSE, v_BKSD, scale=1.0, causal=causal, bias_rows=None if causal else encoding.bias,

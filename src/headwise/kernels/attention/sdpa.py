@@ -48,8 +48,11 @@ def attention(
     if bias_factors is not None:
         q_BHTD, k_BKSD = with_bias(q_BHTD, k_BKSD, bias_factors, scale)
         scale = 1.0
-    if q_BHTD.shape[-1] > D:
-        v_BKSD = F.pad(v_BKSD, (0, q_BHTD.shape[-1] - D))  # the CPU kernel is fused only for equal widths
+    wider = q_BHTD.shape[-1] - D  # the CPU kernel is fused only for equal widths
+    if wider > 0:
+        v_BKSD = F.pad(v_BKSD, (0, wider))
+    elif wider < 0:
+        q_BHTD, k_BKSD = F.pad(q_BHTD, (0, -wider)), F.pad(k_BKSD, (0, -wider))
     T, S = q_BHTD.shape[2], k_BKSD.shape[2]
     if window is not None and window >= S:
         window = None

@@ -25,7 +25,6 @@ def products(
     tau_H11: Tensor,
     *,
     bias_factors: tuple[Tensor, Tensor] | None = None,
-    least_width: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """q' [B,H,T,·] and k' [B,K,S,·] whose plain inner products are `naive.scores` up to a constant in each row.
 
@@ -33,7 +32,6 @@ def products(
         q_BHTE, k_BKSE: the points; q' and k' have their dtype.
         key_term_BKS, tau_H11: as for `naive.scores`.
         bias_factors: a further bias a_i·b_j on the scores, [H,T,n] and [S,n].
-        least_width: of q' and k'.
     """
     dtype = q_BHTE.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -54,8 +52,7 @@ def products(
         a_HTn, b_Sn = (f.to(dtype) for f in bias_factors)
         q.insert(0, a_HTn.expand(B, H, T, -1))
         k.insert(0, b_Sn.expand(B, K, S, -1))
-    width = sum(t.shape[-1] for t in q)
-    spare = -(-max(width, least_width) // MULTIPLE) * MULTIPLE - width
+    spare = -sum(t.shape[-1] for t in q) % MULTIPLE
     if spare:
         q.append(q_BHTE.new_zeros(()).expand(B, H, T, spare))
         k.append(k_BKSE.new_zeros(()).expand(B, K, S, spare))

@@ -1,0 +1,217 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are made of one narrow latent a token.
+
+With c_j = norm(W_dkv x_j) of width r = kv_lora_rank, shared by all heads, and a rotated part k^R_j of width D_R that is
+shared as well, head h has
+
+    k_hj = [W_uk,h c_j, k^R_j],   v_hj = W_uv,h c_j,   q_hi = [q^C_hi, q^R_hi],   scores q·k/√(D_C + D_R).
+
+Positions turn q^R and k^R alone, so that W_uk stands next to the query and nothing between them depends on a position.
+A cache keeps c_j and k^R_j: r + D_R numbers a token, whatever the number of heads. With `q_lora_rank` the queries too
+come from a normalised latent.
+
+**Two forms, one result.** Expanded: the heads' keys and values are made, and attention is ordinary. Absorbed: as
+q^C·(W_uk c) = (W_ukᵀ q^C)·c and Σ_j p_j W_uv c_j = W_uv Σ_j p_j c_j, the queries meet the latents themselves, as in
+multi-query attention with one head of width r + D_R, and W_uv acts once on the result. The first spares work at each
+pair of tokens, the second makes nothing for cached tokens: whichever multiplies less is taken, which is the first in
+training and the second in decoding.
+
+Names of fields are Hugging Face's (`DeepseekV2Config`). Its rotation is `rope(pairing=interleaved)`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from headwise.attention.base import Attention, AttentionSpec, Context, split_heads
+from headwise.cache import LayerCache
+from headwise.dims import Dims
+from headwise.errors import Problem
+from headwise.kernels import naive_wanted
+from headwise.kernels.attention import sdpa
+from headwise.kernels.rms_norm import rms_norm
+from headwise.registry import register_attention
+
+
+class MLASpec(AttentionSpec):
+    """Keys and values from one latent a token, which is all that a cache keeps (DeepSeek-V2).
+
+    Left out, the widths are those of the paper: `kv_lora_rank` 4·head_dim, `qk_rope_head_dim` head_dim/2 (the next even
+    number), `qk_nope_head_dim` and `v_head_dim` head_dim, and queries come straight from the token (`q_lora_rank`).
+    `bias` is on the maps into the latents and on the output, as in Hugging Face's `attention_bias`.
+    """
+
+    kind: Literal["mla"] = "mla"
+    examples: ClassVar[tuple[str, ...]] = (
+        "mla",
+        "mla(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=16, bias=true)",
+    )
+    kv_lora_rank: int | None = Field(None, gt=0)
+    q_lora_rank: int | None = Field(None, gt=0)
+    qk_nope_head_dim: int | None = Field(None, gt=0)
+    qk_rope_head_dim: int | None = Field(None, gt=0)
+    v_head_dim: int | None = Field(None, gt=0)
+
+    def latent_dim(self, dims: Dims) -> int:
+        """Width r of the latent."""
+        return self.kv_lora_rank or 4 * super().heads(dims)[2]
+
+    def nope_dim(self, dims: Dims) -> int:
+        """Width D_C of the part of queries and keys that knows no positions."""
+        return self.qk_nope_head_dim or super().heads(dims)[2]
+
+    def rotary_dim(self, dims: Dims) -> int:
+        D = super().heads(dims)[2]
+        return self.qk_rope_head_dim or -(-D // 4) * 2
+
+    def heads(self, dims: Dims) -> tuple[int, int, int]:
+        H, _, D = super().heads(dims)
+        return H, H, self.v_head_dim or D
+
+    def key_dim(self, dims: Dims) -> int:
+        return self.nope_dim(dims) + self.rotary_dim(dims)
+
+    def check(self, dims: Dims) -> list[Problem]:
+        problems = super().check(dims)
+        if self.kv_heads not in (None, dims.n_heads):
+            message = f"{self.kv_heads} given, but every head has keys of its own, made of the shared latent"
+            problems.append(Problem("kv_heads", f"{message}; leave it out and choose kv_lora_rank"))
+        if self.qk_norm:
+            problems.append(Problem("qk_norm", "mla norms its latents and not the heads' keys; leave it out"))
+        return problems
+
+    def param_count(self, dims: Dims) -> int:
+        H, _, D = self.heads(dims)
+        E, r, s = self.key_dim(dims), self.latent_dim(dims), self.latent_dim(dims) + self.rotary_dim(dims)
+        count = dims.d_model * s + r + r * H * (self.nope_dim(dims) + D) + H * D * dims.d_model
+        biases = s + dims.d_model
+        if self.q_lora_rank is None:
+            count += dims.d_model * H * E
+        else:
+            count += self.q_lora_rank * (dims.d_model + 1 + H * E)
+            biases += self.q_lora_rank
+        return count + (biases if self.has_bias(dims) else 0)
+
+    def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
+        H, _, D = self.heads(dims)
+        E, r = self.key_dim(dims), self.latent_dim(dims)
+        maps = dims.d_model * (r + self.rotary_dim(dims) + H * D) + r * H * (self.nope_dim(dims) + D)
+        if self.q_lora_rank is None:
+            maps += dims.d_model * H * E
+        else:
+            maps += self.q_lora_rank * (dims.d_model + H * E)
+        return 2 * maps + 2 * H * (D + E) * self.keys_seen(context, causal=causal)
+
+    def kv_numbers_per_token(self, dims: Dims) -> int:
+        return self.latent_dim(dims) + self.rotary_dim(dims)
+
+
+class LatentNorm(nn.Module):
+    """The RMSNorm over a latent, ε 1e-6 as published."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, 1e-6)
+
+
+@register_attention(MLASpec)
+class MLAAttention(Attention):
+    """`wkv_a`: C → r + D_R, `wkv_b`: r → H·(D_C + D), `wo`: H·D → C; `wq`: C → H·(D_C + D_R), or `wq_a` to the queries'
+    latent and `wq_b` from there; norms `kv_norm` and `q_norm` over the latents.
+
+    Attributes:
+        absorbed: whether to use the absorbed form; None chooses the cheaper one for each call.
+    """
+
+    absorbed: bool | None = None
+
+    def __init__(self, spec: MLASpec, dims: Dims) -> None:
+        nn.Module.__init__(self)  # the base's maps are not these
+        self.spec = spec
+        self.n_heads, self.kv_heads, self.head_dim = H, _, D = spec.heads(dims)
+        self.latent_dim, self.nope_dim = spec.latent_dim(dims), spec.nope_dim(dims)
+        self.rope_dim = spec.rotary_dim(dims)
+        C, E, bias = dims.d_model, spec.key_dim(dims), spec.has_bias(dims)
+        if spec.q_lora_rank is None:
+            self.wq = nn.Linear(C, H * E, bias=False)
+        else:
+            self.wq_a = nn.Linear(C, spec.q_lora_rank, bias=bias)
+            self.q_norm = LatentNorm(spec.q_lora_rank)
+            self.wq_b = nn.Linear(spec.q_lora_rank, H * E, bias=False)
+        self.wkv_a = nn.Linear(C, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_norm = LatentNorm(self.latent_dim)
+        self.wkv_b = nn.Linear(self.latent_dim, H * (self.nope_dim + D), bias=False)
+        self.wo = nn.Linear(H * D, C, bias=bias)
+        self.dropout = dims.dropout if spec.dropout is None else spec.dropout
+        self.out_dropout = dims.dropout
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        context: Context | None = None,
+        memory_BSC: Tensor | None = None,
+        return_attention_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Attention.forward`; a cache keeps the latents and the shared rotated keys, [B,1,S,r+D_R]."""
+        context = context or Context()
+        q = self.wq_b(self.q_norm(self.wq_a(x_BTC))) if hasattr(self, "wq_a") else self.wq(x_BTC)
+        q_nope, q_rope = split_heads(q, self.n_heads).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, k_rope = self.wkv_a(x_BTC if memory_BSC is None else memory_BSC)[:, None].split(
+            [self.latent_dim, self.rope_dim], dim=-1
+        )
+        if memory_BSC is None:
+            q_rope, k_rope = self.place(q_rope, context.encoding), self.place(k_rope, context.encoding)
+        kept_B1SL = torch.cat([self.kv_norm(latent), k_rope], dim=-1)
+        if context.cache is not None:
+            assert isinstance(context.cache, LayerCache)
+            (kept_B1SL,) = context.cache.append(kept_B1SL)
+        readable = naive_wanted() or return_attention_weights
+        if not readable and self._absorbs(x_BTC.shape[1], kept_B1SL.shape[2], context.causal):
+            y_BHTD = self._attend_absorbed(q_nope, q_rope, kept_B1SL, context, attn_mask)
+            return self._out(y_BHTD.transpose(1, 2).flatten(2)), None
+        latent, k_rope = kept_B1SL.split([self.latent_dim, self.rope_dim], dim=-1)
+        k_nope, v_BHSD = split_heads(self.wkv_b(latent[:, 0]), self.n_heads).split(
+            [self.nope_dim, self.head_dim], dim=-1
+        )
+        q_BHTE = torch.cat([q_nope, q_rope], dim=-1)
+        k_BHSE = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
+        y_BHTD, weights = self.attend(q_BHTE, k_BHSE, v_BHSD, context, attn_mask, return_attention_weights)
+        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights
+
+    def _absorbs(self, n_queries: int, n_keys: int, causal: bool) -> bool:
+        """Whether the absorbed form multiplies less."""
+        if self.absorbed is not None:
+            return self.absorbed
+        pairs = n_queries * (n_keys - (n_queries / 2 if causal else 0))
+        # Making keys and values of the latents, against turning queries and results, costs the same a token and head.
+        a_token = self.latent_dim * (self.nope_dim + self.head_dim)
+        expanded = n_keys * a_token + pairs * (self.nope_dim + self.rope_dim + self.head_dim)
+        return n_queries * a_token + pairs * (2 * self.latent_dim + self.rope_dim) < expanded
+
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor, context: Context, attn_mask: Tensor | None
+    ) -> Tensor:
+        """[B,H,T,D] from queries that meet the latents themselves.
+
+        The latents serve as keys and as values in place, rotated part and all: what that part would add to the result
+        is cut off, and no cached number is copied.
+        """
+        up_HDr = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))
+        up_k, up_v = up_HDr.split([self.nope_dim, self.head_dim], dim=1)
+        q_BHTL = torch.cat([q_nope @ up_k.to(q_nope.dtype), q_rope], dim=-1)
+        encoding, causal = context.encoding, context.causal
+        y_BHTL = sdpa.attention(
+            q_BHTL, kept_B1SL, kept_B1SL, scale=(self.nope_dim + self.rope_dim) ** -0.5, causal=causal,
+            bias_factors=encoding.bias_factors(q_BHTL) if causal else None,
+            bias_rows=None if causal else encoding.bias,
+            segments=context.segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return y_BHTL[..., : self.latent_dim] @ up_v.transpose(-1, -2).to(y_BHTL.dtype)
