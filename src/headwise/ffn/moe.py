@@ -1,0 +1,187 @@
+"""Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538; Mixtral, arXiv:2401.04088; DeepSeekMoE,
+arXiv:2401.06066): a router sends every token to k of E feed-forwards.
+
+    p = softmax(W_r x)               float32, over the E experts
+    S = the k experts of largest p   g_e = p_e, or p_e / Σ_{S} p with `norm_topk_prob`
+    y = Σ_{e∈S} g_e · expert_e(x) + shared(x)
+
+While training, two terms are added to the loss (`aux_loss`). The load balance of Switch and Mixtral is
+
+    aux_loss_coef · E · Σ_e f_e P_e,   f_e = choices of e a token, P_e = mean p_e
+
+which is at least about k, reached where all experts are chosen equally often. The router's z-loss
+(ST-MoE, arXiv:2202.08906), z_loss_coef · mean (log Σ_e exp (W_r x)_e)², keeps its scores small.
+
+With `rank`, the experts live in a vein (document 000): z = V x once, experts r → d_ff → r, U back once. The router
+reads x.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from headwise.dims import Dims
+from headwise.errors import Problem
+from headwise.ffn.base import ACTIVATIONS, FFNSpec
+from headwise.kernels import naive_wanted
+from headwise.kernels.grouped import fast, naive
+from headwise.registry import register_ffn
+from headwise.vein import VeinProjector, rank_problems
+
+
+class MoESpec(FFNSpec):
+    """Mixture of experts: `top_k` of `n_experts` feed-forwards a token, and shared ones that all tokens use.
+
+    `d_ff` is the hidden width of one expert: by default a dense layer's (8·d_model/3 gated, 4·d_model not), 4·rank in a
+    vein.
+    """
+
+    kind: Literal["moe"] = "moe"
+    positional: ClassVar[tuple[str, ...]] = ("n_experts", "top_k")
+    examples: ClassVar[tuple[str, ...]] = (
+        "moe(4, 2, d_ff=24)",
+        'moe(5, 2, n_shared_experts=2, d_ff=17, gated=False, activation="gelu", bias=True, norm_topk_prob=False)',
+        "moe(4, 1, rank=8, n_shared_experts=1)",
+    )
+    n_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    n_shared_experts: int = Field(0, ge=0)
+    gated: bool = True
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
+    norm_topk_prob: bool = True
+    aux_loss_coef: float = Field(0.01, ge=0)
+    z_loss_coef: float = Field(0.001, ge=0)
+    rank: int | None = Field(None, ge=1)
+
+    def default_width(self, dims: Dims) -> int:
+        if self.rank is not None:
+            return 4 * self.rank
+        return -(-8 * dims.d_model // 24) * 8 if self.gated else 4 * dims.d_model
+
+    def check(self, dims: Dims) -> list[Problem]:
+        problems = [] if self.rank is None else rank_problems(self.rank, dims.d_model)
+        if self.top_k > self.n_experts:
+            problems.append(
+                Problem("top_k", f"{self.top_k} given, but there are n_experts={self.n_experts}; choose at most that")
+            )
+        return problems
+
+    def _expert(self, dims: Dims, d_ff: int) -> tuple[int, int]:
+        """(weights, biases) of one expert of width d_ff."""
+        C = self.rank or dims.d_model
+        maps_in = 1 + self.gated
+        return (maps_in + 1) * C * d_ff, (maps_in * d_ff + C if self.has_bias(dims) else 0)
+
+    def _params(self, dims: Dims, n_experts: int) -> int:
+        width = self.width(dims)
+        around = dims.d_model * self.n_experts + 2 * dims.d_model * (self.rank or 0)
+        shared = sum(self._expert(dims, self.n_shared_experts * width)) if self.n_shared_experts else 0
+        return around + shared + n_experts * sum(self._expert(dims, width))
+
+    def param_count(self, dims: Dims) -> int:
+        return self._params(dims, self.n_experts)
+
+    def active_param_count(self, dims: Dims) -> int:
+        """Parameters that one token meets: the router, its `top_k` experts, the shared ones, the vein."""
+        return self._params(dims, self.top_k)
+
+    def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
+        weights, _ = self._expert(dims, (self.top_k + self.n_shared_experts) * self.width(dims))
+        return 2 * (weights + dims.d_model * self.n_experts + 2 * dims.d_model * (self.rank or 0))
+
+
+class Expert(nn.Module):
+    """One feed-forward: W_out(σ(W_gate x) ⊙ W_up x), or W_out σ(W_up x) without a gate."""
+
+    def __init__(self, spec: MoESpec, d_model: int, d_ff: int, bias: bool) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.w_gate = nn.Linear(d_model, d_ff, bias=bias) if spec.gated else None
+        self.w_up = nn.Linear(d_model, d_ff, bias=bias)
+        self.w_out = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.w_up(x)
+        return self.w_out(self.activation(up) if self.w_gate is None else self.activation(self.w_gate(x)) * up)
+
+
+@register_ffn(MoESpec)
+class MoE(nn.Module):
+    """`router`: C → E; `experts`; `shared`: the shared experts side by side, one of n_shared_experts·d_ff."""
+
+    def __init__(self, spec: MoESpec, dims: Dims) -> None:
+        super().__init__()
+        self.spec = spec
+        C, width, bias = spec.rank or dims.d_model, spec.width(dims), spec.has_bias(dims)
+        self.router = nn.Linear(dims.d_model, spec.n_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(spec, C, width, bias) for _ in range(spec.n_experts))
+        self.shared = Expert(spec, C, spec.n_shared_experts * width, bias) if spec.n_shared_experts else None
+        self.vein = None if spec.rank is None else VeinProjector(dims.d_model, spec.rank)
+        self.dropout = dims.dropout
+        self.aux_loss: Tensor | None = None
+        self.metrics: dict[str, Tensor] = {}
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        index_Nk, weights_Nk = self.route(x_BTC.flatten(0, -2))
+        z_BTC = x_BTC if self.vein is None else self.vein.project(x_BTC)
+        z_NC, experts = z_BTC.flatten(0, -2), list(self.experts)
+        if naive_wanted():
+            y_NC = naive.mixture(z_NC, index_Nk, weights_Nk.to(z_NC.dtype), experts)
+        else:
+            y_NC = fast.mixture(z_NC, index_Nk, weights_Nk, experts, self._all_experts)
+        y_BTC = y_NC.view_as(z_BTC)
+        if self.shared is not None:
+            y_BTC = y_BTC + self.shared(z_BTC)
+        if self.vein is not None:
+            y_BTC = self.vein.reconstruct(y_BTC)
+        return F.dropout(y_BTC, self.dropout, self.training) if self.dropout else y_BTC
+
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of every token, int64 [N,k], and their weights [N,k], in float32 or wider.
+
+        While training it also leaves `aux_loss` and `metrics`: `load_max` is the largest expert's share over the mean
+        one (1: balanced), `router_entropy` the mean entropy of p in nats (log E: undecided).
+        """
+        # Half precision would turn near ties of the scores into ties.
+        wide = torch.promote_types(x_NC.dtype, torch.float32)
+        with torch.autocast(x_NC.device.type, enabled=False):
+            scores_NE = F.linear(x_NC.to(wide), self.router.weight.to(wide))
+        probs_NE = scores_NE.softmax(-1)
+        weights_Nk, index_Nk = probs_NE.topk(self.spec.top_k, dim=-1)
+        self.aux_loss, self.metrics = None, {}
+        if self.training:
+            self.aux_loss = self._balance(probs_NE, index_Nk) + self._z_loss(scores_NE)
+        if self.spec.norm_topk_prob:
+            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
+        return index_Nk, weights_Nk
+
+    def _balance(self, probs_NE: Tensor, index_Nk: Tensor) -> Tensor:
+        N, E = probs_NE.shape
+        chosen_E = (index_Nk.flatten()[:, None] == torch.arange(E, device=index_Nk.device)).sum(0)
+        share_E = chosen_E.to(probs_NE.dtype) / N
+        with torch.no_grad():
+            entropy = -torch.special.xlogy(probs_NE, probs_NE).sum(-1).mean()
+            self.metrics = {"load_max": share_E.max() * E / self.spec.top_k, "router_entropy": entropy}
+        return self.spec.aux_loss_coef * E * (share_E * probs_NE.mean(0)).sum()
+
+    def _z_loss(self, scores_NE: Tensor) -> Tensor:
+        return self.spec.z_loss_coef * scores_NE.logsumexp(-1).square().mean()
+
+    def _all_experts(self, rows_MC: Tensor, expert_M: Tensor, counts_E: Tensor) -> Tensor:
+        """The experts as products of sorted rows with stacked matrices, for a traced graph."""
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            maps = [getattr(expert, name) for expert in self.experts]
+            y = fast.grouped_linear(x, [w.weight for w in maps], counts_E)
+            if maps[0].bias is None:
+                return y
+            return y + torch.stack([w.bias for w in maps]).index_select(0, expert_M).to(y.dtype)
+
+        up = linear(rows_MC, "w_up")
+        activation = ACTIVATIONS[self.spec.activation]
+        return linear(activation(linear(rows_MC, "w_gate")) * up if self.spec.gated else activation(up), "w_out")
