@@ -29,6 +29,7 @@ from headwise.train.folder import RunFolder
 from headwise.train.metrics import read_metrics
 
 VERSION = 1
+EPS = ".eps_mean"  # how a module's mean reconstruction error is named in metrics.jsonl
 KIND, MEASURED = "headwise-compare", "headwise-measurements"
 
 
@@ -172,6 +173,7 @@ def read_record(folder: RunFolder, variant: int, seed: int) -> RunRecord | None:
     try:
         figures = json.loads(folder.result_json.read_text(encoding="utf-8"))
         points = read_metrics(folder.metrics)
+        veins = dict.fromkeys(name for point in points for name in point if name.endswith(EPS))
         return RunRecord(
             variant=variant,
             seed=seed,
@@ -179,6 +181,7 @@ def read_record(folder: RunFolder, variant: int, seed: int) -> RunRecord | None:
             bits_per_byte=figures["bits_per_byte"],
             train_curve=_series(points, "loss"),
             val_curve=_series(points, "val_loss"),
+            eps={name.removesuffix(EPS): _series(points, name) for name in veins},
             seconds=figures["seconds"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -80,6 +80,7 @@ class RunRecord(_Model):
     bits_per_byte: float | None = None
     train_curve: Series = Series()
     val_curve: Series = Series()
+    eps: dict[str, Series] = Field({}, description="mean ε of each vein, by its module's name; values stand in `loss`")
     seconds: float | None = None
     error: str | None = None
 
@@ -170,11 +171,12 @@ class Ratios(_Model):
 
 
 class Curve(_Model):
-    """The losses of one run, thinned to at most 200 points."""
+    """The losses of one run, and what its veins lose, thinned to at most 200 points."""
 
     seed: int
     train: Series
     val: Series
+    eps: dict[str, Series] = Field({}, description="mean ε of each vein, by its module's name; values stand in `loss`")
 
 
 class FailedRun(_Model):

@@ -74,7 +74,15 @@ def summarise(
                 peak_memory_bytes=_median(rounds[v].peak_memory_bytes),
                 ratios=_ratios(rounds[v], rounds[0]),
                 seconds=[_finite(r.seconds) if r is not None else None for r in records],
-                curves=[Curve(seed=r.seed, train=thin(r.train_curve), val=thin(r.val_curve)) for r in good],
+                curves=[
+                    Curve(
+                        seed=r.seed,
+                        train=thin(r.train_curve),
+                        val=thin(r.val_curve),
+                        eps={name: thin(series) for name, series in r.eps.items()},
+                    )
+                    for r in good
+                ],
             )
         )
     return CompareResult(
