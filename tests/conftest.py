@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +11,9 @@ from hypothesis import settings
 # The same examples on every run: a red test is a red commit, never the dice. No deadline: no test asserts a time.
 settings.register_profile("headwise", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("headwise")
+
+# Triton asks for this when it is first imported, and some tests import it by compiling.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

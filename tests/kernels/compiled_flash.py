@@ -1,0 +1,46 @@
+"""Compile each flash kernel for an H100 and print its name, its shared memory and the matrix instructions it uses."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from headwise.kernels.flash import triton as flash
+
+E, D = 80, 64  # padded keys
+FLAGS = {"CAUSAL": True, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "SEGMENTS": False, "EVEN": True}
+NUMBERS = {"scale": "fp32", "score_scale": "fp32", "cap": "fp32"}
+TYPES = {**dict.fromkeys(("L", "DL", "Delta", "Bias", "DBias"), "*fp32"), "QSeg": "*i64", "KSeg": "*i64"}
+TENSORS = ("Q", "K", "V", "Y", "DY", "DQ", "DK", "DV")
+
+
+def compiled(kernel: triton.JITFunction, tiles: flash.Tiles) -> object:
+    settings = {**FLAGS, "E": E, "D": D, "PADDED_E": 128, "PADDED_D": 64, "PRECISION": "ieee"}
+    settings |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    signature, aligned = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        signature[name] = (
+            "constexpr" if parameter.is_constexpr
+            else "*bf16" if name in TENSORS
+            else (TYPES | NUMBERS).get(name, "i32")
+        )  # fmt: skip
+        if signature[name].startswith("*") or name.startswith("stride"):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    constants = {name: settings[name] for name, kind in signature.items() if kind == "constexpr"}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+    )
+
+
+if __name__ == "__main__":
+    for kernel in (flash._forward, flash._dq, flash._dkdv, flash._delta):
+        name = kernel.__name__.removeprefix("_")
+        tiles = flash.Tiles(64, 64, 4, 1) if name == "delta" else flash.tiles_of(name, E, D, torch.bfloat16)
+        made = compiled(kernel, tiles)
+        assert len(made.asm["cubin"]) > 1000
+        print(kernel.__name__, made.metadata.shared, "wgmma" if "wgmma" in made.asm["ptx"] else "none")
