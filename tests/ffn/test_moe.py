@@ -142,7 +142,7 @@ def test_the_sorted_and_the_operator_form_equal_the_definition(
             return fast.grouped_linear(rows, leaves[2:], counts_E).tanh()
 
         if form == "naive":
-            y = definition.mixture(leaves[0], index, leaves[1], experts)
+            y = definition.mixture(torch.stack([each(leaves[0]) for each in experts]), index, leaves[1])
         else:
             with mock.patch("torch.compiler.is_compiling", return_value=form == "operator"):
                 y = fast.mixture(leaves[0], index, leaves[1], experts, grouped)

@@ -131,7 +131,8 @@ class MoE(nn.Module):
         z_BTC = x_BTC if self.vein is None else self.vein.project(x_BTC)
         z_NC, experts = z_BTC.flatten(0, -2), list(self.experts)
         if naive_wanted():
-            y_NC = naive.mixture(z_NC, index_Nk, weights_Nk.to(z_NC.dtype), experts)
+            outputs_ENC = torch.stack([expert(z_NC) for expert in experts])
+            y_NC = naive.mixture(outputs_ENC, index_Nk, weights_Nk.to(z_NC.dtype))
         else:
             y_NC = fast.mixture(z_NC, index_Nk, weights_Nk, experts, self._all_experts)
         y_BTC = y_NC.view_as(z_BTC)

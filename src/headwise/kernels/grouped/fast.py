@@ -31,7 +31,9 @@ def mixture(
     """What `naive.mixture` defines, at the cost of the k experts that a token chose.
 
     Args:
-        x_NC, index_Nk, weights_Nk, experts: as there.
+        x_NC: tokens.
+        index_Nk, weights_Nk: as there.
+        experts: functions [·,C] → [·,C'].
         grouped: the experts in one traceable function, made of `grouped_linear`.
     """
     N, k = index_Nk.shape
