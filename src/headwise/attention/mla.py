@@ -26,13 +26,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headwise.attention.base import Attention, AttentionSpec, Context, split_heads
+from headwise.attention.base import Attention, AttentionSpec, Context, HeadNorm, split_heads
 from headwise.cache import LayerCache
 from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import sdpa
-from headwise.kernels.rms_norm import rms_norm
 from headwise.registry import register_attention
 
 
@@ -109,21 +108,10 @@ class MLASpec(AttentionSpec):
         return self.latent_dim(dims) + self.rotary_dim(dims)
 
 
-class LatentNorm(nn.Module):
-    """The RMSNorm over a latent, ε 1e-6 as published."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, 1e-6)
-
-
 @register_attention(MLASpec)
 class MLAAttention(Attention):
     """`wkv_a`: C → r + D_R, `wkv_b`: r → H·(D_C + D), `wo`: H·D → C; `wq`: C → H·(D_C + D_R), or `wq_a` to the queries'
-    latent and `wq_b` from there; norms `kv_norm` and `q_norm` over the latents.
+    latent and `wq_b` from there; RMSNorms `kv_norm` and `q_norm` over the latents (ε 1e-6).
 
     Attributes:
         absorbed: whether to use the absorbed form; None chooses the cheaper one for each call.
@@ -142,10 +130,10 @@ class MLAAttention(Attention):
             self.wq = nn.Linear(C, H * E, bias=False)
         else:
             self.wq_a = nn.Linear(C, spec.q_lora_rank, bias=bias)
-            self.q_norm = LatentNorm(spec.q_lora_rank)
+            self.q_norm = HeadNorm(spec.q_lora_rank)
             self.wq_b = nn.Linear(spec.q_lora_rank, H * E, bias=False)
         self.wkv_a = nn.Linear(C, self.latent_dim + self.rope_dim, bias=bias)
-        self.kv_norm = LatentNorm(self.latent_dim)
+        self.kv_norm = HeadNorm(self.latent_dim)
         self.wkv_b = nn.Linear(self.latent_dim, H * (self.nope_dim + D), bias=False)
         self.wo = nn.Linear(H * D, C, bias=bias)
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout

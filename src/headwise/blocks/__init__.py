@@ -1,4 +1,4 @@
-"""Floor 6: the documents' own interfaces, under the names their readers know (`vein`: document 000)."""
+"""Floor 6: the documents' own interfaces under their own names (`vein`: document 000, `wasserstein`: document 003)."""
 
 from headwise.blocks.vein import (
     NormalCompensator,
@@ -16,14 +16,19 @@ from headwise.blocks.vein import (
     register_attn,
     register_ffn,
 )
+from headwise.blocks.wasserstein import RotaryEmbedding, W2Attention, W2Config, W2TransformerBlock
 
 __all__ = [
     "NormalCompensator",
+    "RotaryEmbedding",
     "TVAAttention",
     "VFTBlock",
     "VFTFeedForward",
     "VeinProjector",
     "VeinSubspaceShared",
+    "W2Attention",
+    "W2Config",
+    "W2TransformerBlock",
     "create_vft_block",
     "get_attention",
     "get_ffn",
