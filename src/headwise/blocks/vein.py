@@ -191,9 +191,10 @@ def register_ffn(name: str) -> Callable[[T], T]:
 
 
 def _register(registry: Registry, name: str) -> Callable[[T], T]:
+    if name in _names(registry):
+        raise RegistryError(f"{registry.family} {name!r} is registered already; choose another name")
+
     def join(module: T) -> T:
-        if name in _names(registry):
-            raise RegistryError(f"{registry.family} {name!r} is registered already; choose another name")
         _own[registry.family][name] = module
         return module
 
