@@ -11,7 +11,7 @@ from headwise.train import TrainSettings
 
 PUBLIC = {
     *("ModelSpec", "HeadwiseError", "parse", "count", "list_presets", "build", "load", "save_pretrained"),
-    *("train", "resume", "generate", "compare"),
+    *("train", "resume", "generate", "compare", "bench"),
     *(
         f"{verb}_{family}"
         for verb in ("register", "get", "list")

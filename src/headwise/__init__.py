@@ -30,6 +30,7 @@ _HOMES = {
     "resume": "headwise.train",
     "generate": "headwise.generate",
     "compare": "headwise.lab.compare",
+    "bench": "headwise.lab.bench",
     **dict.fromkeys(
         [
             *("register_attention", "register_position", "register_norm", "register_ffn"),
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from headwise.generate import generate as generate
     from headwise.io.pretrained import load as load
     from headwise.io.pretrained import save_pretrained as save_pretrained
+    from headwise.lab.bench import bench as bench
     from headwise.lab.compare import compare as compare
     from headwise.model import build as build
     from headwise.registry import get_attention as get_attention

@@ -39,11 +39,13 @@ class ComponentSpec(BaseModel):
 
     Subclasses give `kind` a Literal default, and may name in `positional` the fields that a call takes without keyword
     (`window(256)`), and in `examples` calls worth showing; the conformance suite runs each (the bare kinds by default).
+    `typical` is the call that benchmarks measure where the bare kind will not do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     positional: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
+    typical: ClassVar[str | None] = None
 
     kind: str
 

@@ -410,3 +410,36 @@ def test_lists_have_no_trailing_blanks(capsys: pytest.CaptureFixture[str]) -> No
     _, out, _ = run(capsys, "list")
     assert out.splitlines()
     assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_bench_measures_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--kinds", "softmax,window(4)", "--lengths", "16:32", "--rounds", "5", "--n-heads", "2", "--head-dim", "8"]
+    status, out, _ = run(capsys, "bench", "attention", *flags, "--device", "cpu", "--out", str(tmp_path / "out"))
+    assert status == 0
+    assert all(word in out for word in ("sdpa", "softmax", "window(4)", "baseline", "×"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "result.json"}
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    found = run_json(capsys, "bench", "attention", *flags, "--device", "cpu", "--no-backward")
+    assert found["lengths"] == written["lengths"] == [16, 32]
+    assert found["settings"]["backward"] is False
+    planned = run_json(capsys, "bench", "attention", *flags, "--dry-run", "--out", str(tmp_path / "other"))
+    assert planned["kinds"] == ["sdpa", "softmax", "window(4)"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["atention"], "did you mean 'attention'"),
+        (["attention", "--kinds", "sofmax"], "did you mean 'softmax'"),
+        (["attention", "--lengths", "512-1024"], "lengths: given '512-1024', should be FIRST:LAST"),
+        (["attention", "--rounds", "3"], "rounds: "),
+        (["attention", "--budgte", "3"], "did you mean '--budget'"),
+        ([], "SUBJECT"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bench", *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert said in err

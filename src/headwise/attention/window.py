@@ -21,6 +21,7 @@ class WindowSpec(AttentionSpec):
     kind: Literal["window"] = "window"
     positional: ClassVar[tuple[str, ...]] = ("window",)
     examples: ClassVar[tuple[str, ...]] = ("window(16)", "window(300, kv_heads=2)")
+    typical: ClassVar[str | None] = "window(256)"
     window: int = Field(gt=0)
 
     def keys_seen(self, context: int, *, causal: bool) -> float:

@@ -15,6 +15,7 @@ COMMANDS = {
     "list": "what a line can be made of: presets, attention, position, norm, ffn",
     "show": "parameters, FLOPs and cache of architectures, side by side",
     "compare": "train architectures under fair conditions and judge the difference",
+    "bench": "time and memory of mechanisms against length",
     "report": "build the report of a comparison again",
     "train": "train one architecture",
     "resume": "go on with a training run or a comparison that was stopped",

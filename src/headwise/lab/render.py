@@ -234,12 +234,13 @@ def _terminal_cells(result: CompareResult, variant: VariantResult) -> tuple[str,
         quantity(variant.params),
         loss(variant.val_loss.mean),
         delta,
-        *(_short_ratio(r) for r in (ratios.train, ratios.decode, ratios.memory)),
+        *(short_ratio(r) for r in (ratios.train, ratios.decode, ratios.memory)),
         decision,
     )
 
 
-def _short_ratio(value: Ratio | None) -> str:
+def short_ratio(value: Ratio | None) -> str:
+    """A ratio, and half of its interval on a second line."""
     if value is None:
         return NONE
     spread = "" if value.lo is None or value.hi is None else f"\n±{(value.hi - value.lo) / 2:.2f}"

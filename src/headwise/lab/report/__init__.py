@@ -14,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from headwise.lab import render
-from headwise.lab.report import plots
+from headwise.lab.report import plots, svg
 from headwise.lab.result import CompareResult
 
 FILE_NAME = "report.html"
-_NAMES = {
+ENVIRONMENT_NAMES = {
     "python": "Python",
     "torch": "PyTorch",
     "headwise": "Headwise",
@@ -61,12 +61,13 @@ def report_html(result: CompareResult) -> str:
         duration=render.duration,
         interval=render.interval,
         setting=_setting,
-        breakable=_breakable,
+        breakable=breakable,
     )
     figures = {
         "intervals": plots.interval_plot(result),
         "losses": plots.loss_plot(result),
         "gaps": plots.gap_plot(result),
+        "eps": plots.eps_plot(result),
         "speed": plots.speed_plot(result),
         "params": plots.params_plot(result),
     }
@@ -79,14 +80,14 @@ def report_html(result: CompareResult) -> str:
             rivals=result.variants[1:],
             figures={name: None if p is None else Markup(p.wide + p.narrow) for name, p in figures.items()},
             parts=plots.parts_of(result),
-            n_part_colours=plots.N_SERIES + 2,
-            names=_NAMES,
+            n_part_colours=svg.N_SERIES + 2,
+            names=ENVIRONMENT_NAMES,
             headline=_headline(result),
             tally=_tally(result),
             marks=render.MARKS,
             phrase=lambda variant: render.phrase(result, variant),
-            series=plots.series_name,
-            dash=plots.dash_of,
+            series=svg.series_name,
+            dash=svg.dash_of,
         )
         + "\n"
     )
@@ -108,7 +109,7 @@ def _tally(result: CompareResult) -> list[tuple[str, int]]:
     return [(name, verdicts.count(name)) for name in render.MARKS if name in verdicts]
 
 
-def _breakable(line: str) -> Markup:
+def breakable(line: str) -> Markup:
     """A line that may be broken after its brackets, commas and equals signs rather than within a name."""
     return Markup("<wbr>").join(escape(piece) for piece in re.split(r"(?<=[(,=])", line))
 
