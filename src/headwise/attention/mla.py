@@ -20,6 +20,7 @@ Names of fields are Hugging Face's (`DeepseekV2Config`). Its rotation is `rope(p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ from headwise.errors import Problem
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import sdpa
 from headwise.registry import register_attention
+from headwise.start import Start, fill, heads_of, latent, turned_alike
 
 
 class MLASpec(AttentionSpec):
@@ -203,3 +205,41 @@ class MLAAttention(Attention):
             segments=context.segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return y_BHTL[..., : self.latent_dim] @ up_v.transpose(-1, -2).to(y_BHTL.dtype)
+
+    def start_from(self, old: nn.Module, start: Start) -> str | None:
+        """The old heads' keys and values as one map, cut to rank r by truncated SVD; queries alike with `q_lora_rank`.
+
+        Where positions turn pairs, those pairs whose frequencies the rotated part has become it, their keys averaged
+        over the heads; the others lose their rotation (as in MHA2MLA, arXiv:2502.14837). Biases of queries and keys are
+        lost. The latents' norms take away what size they have beyond the mean.
+        """
+        heads = heads_of(old)
+        if heads is None or len(heads.wq_HDC) != self.n_heads:
+            return None
+        heads = heads.with_kv_heads(self.n_heads)
+        D = heads.wq_HDC.shape[1]
+        turned_RD = turned_alike(D, self.rope_dim, start).to(heads.wq_HDC)
+        if start.pairing is None:
+            turned_RD.zero_()
+        still = [i for i in range(D) if not turned_RD[:, i].any()]
+        names = ("wq_HDC", "wk_KDC", "bq_HD", "bk_KD")
+        rest = replace(heads, **{name: getattr(heads, name)[:, still] for name in names})
+        rest = rest.resized(Start(start.inputs_NC), self.nope_dim, self.head_dim)
+        scale = ((self.nope_dim + self.rope_dim) / D) ** 0.5
+        q_MC = scale * torch.cat([rest.wq_HDC, turned_RD @ heads.wq_HDC], dim=1).flatten(0, 1)
+        kv_MC = torch.cat([rest.wk_KDC, rest.wv_KDC], dim=1).flatten(0, 1)
+        into_rC, back_Mr = latent(kv_MC, self.latent_dim, start)
+        k_RC = self.wkv_a.weight[self.latent_dim :].to(into_rC)
+        if start.pairing is not None:
+            k_RC = (turned_RD @ heads.wk_KDC).mean(0)
+        fill(self.wkv_a, torch.cat([into_rC, k_RC]))
+        fill(self.wkv_b, back_Mr)
+        if hasattr(self, "wq_a"):
+            into_qC, back_Mq = latent(q_MC, self.wq_a.out_features, start)
+            fill(self.wq_a, into_qC)
+            fill(self.wq_b, back_Mq)
+        else:
+            fill(self.wq, q_MC)
+        # Weights add up to 1, so that a bias of the values is one of the output.
+        fill(self.wo, rest.wo_CHD.flatten(1), rest.bo_C + torch.einsum("chd,hd->c", rest.wo_CHD, rest.bv_KD))
+        return f"its keys and values cut to rank {self.latent_dim}"

@@ -31,6 +31,18 @@ from headwise.ffn.base import ACTIVATIONS, FFNSpec
 from headwise.kernels import naive_wanted
 from headwise.kernels.grouped import fast, naive
 from headwise.registry import register_ffn
+from headwise.start import (
+    Start,
+    by_activity,
+    fill,
+    hidden,
+    lift,
+    neurons,
+    outputs,
+    reduced_rank,
+    start_ffn,
+    vein_basis,
+)
 from headwise.vein import VeinProjector, rank_problems
 
 
@@ -172,6 +184,45 @@ class MoE(nn.Module):
 
     def _z_loss(self, scores_NE: Tensor) -> Tensor:
         return self.spec.z_loss_coef * scores_NE.logsumexp(-1).square().mean()
+
+    def start_from(self, old: nn.Module, start: Start) -> str | None:
+        """Sparse upcycling (Komatsuzaki et al. 2022): every expert begins as a copy of the dense feed-forward, shared
+        ones as what is silent. With `norm_topk_prob` the layer then computes what the old one did; without, its size is
+        put right on average.
+        """
+        if isinstance(old, MoE) or not neurons(old):
+            return None
+        first, x_NC = self.experts[0], start.inputs_NC
+        assert isinstance(first, Expert)
+        if self.vein is None:
+            how = start_ffn(first, old, start)
+        else:
+            how = self._start_in_the_vein(first, old, start)
+        if not self.spec.norm_topk_prob:
+            size = self.route(x_NC)[1].sum(-1).mean()
+            for tensor in first.w_out.parameters():
+                tensor.div_(size.to(tensor))
+        for expert in self.experts:
+            expert.load_state_dict(first.state_dict())
+        if self.shared is not None:
+            fill(self.shared.w_out, torch.zeros_like(self.shared.w_out.weight))
+        return f"in every expert {how}"
+
+    def _start_in_the_vein(self, first: Expert, old: nn.Module, start: Start) -> str:
+        assert self.vein is not None
+        assert self.spec.rank is not None
+        x_NC = start.inputs_NC
+        v_rC, order = vein_basis(old, start, self.spec.rank), by_activity(old, x_NC)
+        maps = neurons(old)
+        for new, wide in zip([m for m in (first.w_gate, first.w_up) if m is not None], [maps[0], maps[-1]]):
+            chosen = order[: new.out_features]
+            new.weight[: len(chosen)] = lift(wide.weight[chosen], v_rC, start).to(new.weight)
+        self.vein.v_rC.copy_(v_rC)
+        wanted_NC, h_NF = outputs(old, x_NC), hidden(first, self.vein.project(x_NC))
+        u_Cr, inner, bias = reduced_rank(h_NF, wanted_NC, self.spec.rank, first.w_out.bias is not None)
+        self.vein.u_Cr.copy_(u_Cr)
+        fill(first.w_out, inner, bias)
+        return "its neurons in the vein, output map fitted"
 
     def _all_experts(self, rows_MC: Tensor, expert_M: Tensor, counts_E: Tensor) -> Tensor:
         """The experts as products of sorted rows with stacked matrices, for a traced graph."""

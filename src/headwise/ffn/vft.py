@@ -33,6 +33,17 @@ from headwise.errors import Problem, SpecError, short
 from headwise.ffn.base import ACTIVATIONS
 from headwise.kernels import naive_wanted
 from headwise.registry import ComponentSpec, register_ffn
+from headwise.start import (
+    Start,
+    by_activity,
+    fill,
+    least_squares,
+    lift,
+    neurons,
+    outputs,
+    reduced_rank,
+    vein_basis,
+)
 from headwise.vein import VeinInnerMap, VeinProjector, rank_problems
 
 FEW = 0.25  # up to this share of the tokens, picking them out costs less than correcting all
@@ -245,3 +256,40 @@ class VFT(nn.Module):
         if self.training:
             self.metrics = eps_metrics(eps_BT, self.compensator.tau)
         return self.compensator(x_BTC, eps_BT)
+
+    def start_from(self, old: nn.Module, start: Start) -> str:
+        """V: the directions of the input that matter most to the old outputs. Inside, the old neurons that are most
+        active, as far as the vein shows them. Then, by least squares on the inputs at hand, in turns: the stabilizer,
+        and U with the second map, of the best rank r. The compensation begins as nothing.
+
+        U and V come from outputs and inputs, so UV is no projection at this start.
+        """
+        x_NC, rank = start.inputs_NC, self.spec.rank
+        wanted_NC = outputs(old, x_NC).double()
+        v_rC, maps = vein_basis(old, start, rank), neurons(old)
+        self.vein.v_rC.copy_(v_rC)
+        if maps:
+            share = self.w_in.out_features // len(maps)
+            for n, wide in enumerate(maps):
+                chosen = by_activity(old, x_NC)[:share]
+                rows = slice(n * share, n * share + len(chosen))
+                self.w_in.weight[rows] = lift(wide.weight[chosen], v_rC, start).to(self.w_in.weight)
+                if self.w_in.bias is not None and wide.bias is not None:
+                    self.w_in.bias[rows] = wide.bias[chosen]
+        h_NF = self.activation(self.w_in(self.vein.project(x_NC)))
+        beside_NC = torch.zeros_like(wanted_NC)
+        for _ in range(4 if self.stabilizer is not None else 1):
+            u_Cr, inner, bias = reduced_rank(h_NF, wanted_NC - beside_NC, rank, self.w_out.bias is not None)
+            self.vein.u_Cr.copy_(u_Cr)
+            fill(self.w_out, inner, bias)
+            left_NC = wanted_NC - self.vein.reconstruct(self.w_out(h_NF)).double()
+            if isinstance(self.stabilizer, FullStabilizer):
+                fill(self.stabilizer.w_out, least_squares(self.stabilizer.norm(x_NC), left_NC, False)[0])
+            elif isinstance(self.stabilizer, DiagonalStabilizer):
+                normed_NC = F.layer_norm(x_NC, x_NC.shape[-1:]).double()
+                self.stabilizer.weight.copy_((normed_NC * left_NC).sum(0) / normed_NC.square().sum(0).clamp_min(1e-12))
+            if self.stabilizer is not None:
+                beside_NC = self.stabilizer(x_NC).double()
+        if self.compensator.s:
+            self.compensator.u_sC.zero_()
+        return "its active subspace, output maps fitted"

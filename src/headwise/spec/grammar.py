@@ -133,7 +133,7 @@ def to_yaml(spec: ModelSpec) -> str:
 
 def to_line(spec: ModelSpec) -> str:
     """The shortest line that `parse` turns back into this spec."""
-    fields = [f"{name}={_print(value)}" for name, value in differences(spec).items()]
+    fields = [f"{name}={print_value(value)}" for name, value in differences(spec).items()]
     return f"{spec.preset}({', '.join(fields)})" if fields else spec.preset
 
 
@@ -144,16 +144,19 @@ def differences(spec: ModelSpec) -> dict[str, Any]:
     return fields | {k: v for k, v in spec if k not in ("preset", "size") and v != getattr(base, k)}
 
 
-def _print(value: Any) -> str:
+def print_value(value: Any) -> str:
+    """A component or another value of a line, as the line writes it; `read_value` reads it back."""
     if isinstance(value, Pattern):
-        return f"pattern({', '.join(_print(item) for item in value.items)})"
+        return f"pattern({', '.join(print_value(item) for item in value.items)})"
     if hasattr(type(value), "model_fields"):
         fields = {k: v for k, v in value if k != "kind" and not _is_default(type(value), k, v)}
         positional = getattr(type(value), "positional", ())
-        args = [_print(v) if k in positional[:1] else f"{k}={_print(v)}" for k, v in _ordered(fields, positional)]
+        args = [
+            print_value(v) if k in positional[:1] else f"{k}={print_value(v)}" for k, v in _ordered(fields, positional)
+        ]
         return f"{value.kind}({', '.join(args)})" if args else value.kind
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_print(v) for v in value) + "]"
+        return "[" + ", ".join(print_value(v) for v in value) + "]"
     if isinstance(value, str):
         # Python reads other alphabets' look-alikes as one letter, so only ASCII goes without quotes.
         plain = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
