@@ -24,6 +24,7 @@ FLOORS = {
     "kernels": 1,
     "cache": 2,
     "vein": 3,
+    "start": 3,
     "attention": 3,
     "position": 3,
     "norm": 3,
@@ -44,7 +45,8 @@ FLOORS = {
 FAMILIES = ("attention", "position", "norm", "ffn")
 # On one floor only these may be imported across: what a family offers the others, the shared projector, the
 # helpers that write a file whole or not at all; and the ground floor's own files.
-SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "io.atomic", "errors", "dims"}
+SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "start", "io.atomic", "errors", "dims"}
+SHARED |= {"attention.recurrence"}
 # Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked
 # for, and a worker process, which imports what its parent had (a user's own mechanisms).
 BY_NAME = {"__init__.py", "registry.py", "lab/worker.py"}
