@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.kernels import flash
 from headwise.kernels.attention import naive as plain
-from headwise.kernels.flash import attention, available, naive, online
+from headwise.kernels.flash import attention, available, fused, naive, online
 
 
 def inputs(case: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -33,6 +34,7 @@ def inputs(case: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
     if made.get("bias"):
         tensors.append(torch.randn(*made["bias"], S, generator=generator, dtype=torch.float64).to(made["dtype"]))
     settings = {name: made.get(name) for name in ("window", "softcap")}
+    settings |= {"lead": made.get("lead", 0) if made.get("window") else 0}
     settings |= {"scale": made.get("scale", E**-0.5), "causal": made.get("causal", True)}
     if made.get("segments"):
         keys = torch.arange(S).div(made["segments"], rounding_mode="floor").expand(B, S)
@@ -81,6 +83,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "B": 2, "K": K, "H": H, "T": T, "S": T + draw(st.integers(0, 30)), "D": draw(st.sampled_from([8, 5])),
         "causal": draw(st.booleans()), "window": draw(st.none() | st.integers(1, 40)),
+        "lead": draw(st.sampled_from([0, 3, 33])),
         "softcap": draw(st.sampled_from([None, 2.0])), "segments": draw(st.sampled_from([None, 7, 20])),
         "bias": draw(st.sampled_from([None, (1, 1), (2, K), (1, H)])),
     }  # fmt: skip
@@ -96,7 +99,7 @@ def test_a_running_maximum_over_tiles_of_any_size_is_the_softmax(case: dict[str,
 
 def test_the_definition_is_that_of_attention() -> None:
     tensors, settings = inputs({"T": 9, "S": 12, "window": 5, "segments": 4})
-    del settings["softcap"]
+    del settings["softcap"], settings["lead"]
     y, weights = plain.attention(*tensors, **settings)
     same, lse = naive.attention(*tensors, **settings)
     torch.testing.assert_close(same, y)
@@ -126,6 +129,8 @@ CASES: dict[str, dict[str, Any]] = {
     "queries are the last of the keys": {"T": 33, "S": 101, "B": 2},
     "window, causal": {"T": 150, "S": 150, "window": 20},
     "window, both sides": {"T": 110, "S": 140, "window": 37, "causal": False},
+    "window and the first keys": {"T": 150, "S": 170, "window": 20, "lead": 5},
+    "window, both sides, and the first keys": {"T": 140, "S": 140, "window": 9, "lead": 40, "causal": False},
     "soft cap": {"T": 66, "S": 66, "softcap": 1.5},
     "key bias of the batch and key head": {"B": 2, "T": 40, "S": 45, "H": 4, "K": 2, "bias": (2, 2)},
     "key bias of the query head": {"B": 2, "T": 40, "S": 40, "H": 4, "K": 2, "bias": (1, 4), "causal": False},
@@ -221,7 +226,7 @@ def test_the_operators_keep_torchs_rules() -> None:
     """Schema, shapes and strides promised to the compiler, gradients registered; then whole under the compiler."""
     (q, k, v, bias), settings = inputs({"T": 18, "S": 20, "bias": (1, 1), "dtype": torch.float32})
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
-    given = (*leaves, None, None, settings["scale"], True, None, None)
+    given = (*leaves, None, None, settings["scale"], True, None, 0, None)
     operator = torch.ops.headwise.flash_attention.default
     torch.library.opcheck(operator, given)
 
@@ -244,7 +249,25 @@ def test_under_autocast_the_kernels_run_in_its_dtype() -> None:
 
 
 def test_a_processor_keeps_torchs_kernel() -> None:
-    assert not available(torch.zeros(1, 1, 64, 64))
+    q = torch.zeros(1, 1, 64, 64)
+    assert not available(q)
+    assert fused(q, q, q, scale=1.0, causal=True, window=3) is None
+
+
+def test_a_learned_sink_takes_its_share_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "available", lambda q, v: True)  # as on a GPU
+    (q, k, v), settings = inputs({"T": 40, "S": 60, "window": 11, "lead": 3, "dtype": torch.float32})
+    sink = torch.tensor([0.7, -1.3], requires_grad=True)
+    seen = naive.visible(40, 60, True, 11, 3, None)
+    scores = (settings["scale"] * q @ k.mT).masked_fill(~seen, -torch.inf)
+    weights = torch.cat([scores, sink[None, :, None, None].expand(1, 2, 40, 1)], -1).softmax(-1)[..., :-1]
+    expected = weights @ v
+    y = fused(q, k, v, sink_H=sink, **settings)
+    assert y is not None
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), sink) for x in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert fused(q, k[:, :, :40], v[:, :, :40], scale=1.0, causal=True) is None, "stock attention fuses this"
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -35,6 +35,7 @@ def attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    lead: int = 0,
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
@@ -64,8 +65,39 @@ def attention(
     dtype = q_BHTE.dtype
     if device == "cpu" and dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
         q_BHTE, k_BKSE, v_BKSD = q_BHTE.float(), k_BKSE.float(), v_BKSD.float()
-    y_BHTD, lse_BHT = triton.forward(q_BHTE, k_BKSE, v_BKSD, key_bias, q_seg, k_seg, scale, causal, window, softcap)
+    y_BHTD, lse_BHT = triton.forward(
+        q_BHTE, k_BKSE, v_BKSD, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap
+    )
     return y_BHTD.to(dtype), lse_BHT
+
+
+def fused(
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSD: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    lead: int = 0,
+    softcap: float | None = None,
+    sink_H: Tensor | None = None,
+    segments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """The output alone, where the kernels are available and torch's own cannot do the same in one kernel; else None.
+
+    `sink_H` adds e^{s_h} to the sum of each row of head h: what is left of y is its former share of the new sum.
+    """
+    T, S = q_BHTE.shape[2], k_BKSE.shape[2]
+    stock = window is None and softcap is None and sink_H is None and segments is None and (not causal or T == S)
+    if stock or not available(q_BHTE, v_BKSD):
+        return None
+    y_BHTD, lse_BHT = attention(
+        q_BHTE, k_BKSE, v_BKSD, scale=scale, causal=causal, window=window, lead=lead, softcap=softcap, segments=segments
+    )  # fmt: skip
+    if sink_H is None:
+        return y_BHTD
+    return (y_BHTD * torch.sigmoid(lse_BHT - sink_H[:, None])[..., None]).to(y_BHTD.dtype)
 
 
 def _check(

@@ -14,15 +14,16 @@ def attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    lead: int = 0,
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_i = Σ_j softmax_j(s_ij) v_j with s_ij = c·tanh(scale·q_i·k_j / c) + g_j (documents 001, 002; Gemma 2).
 
-    Query head h reads key head ⌊h·K/H⌋. Queries are the last T of the S positions. `window` keeps |i − j| < window;
-    `key_bias` g is [B or 1, N, S] with N = 1, K or H; `segments` (queries [B,T], keys [B,S]) keeps keys of the query's
-    own segment. A query that sees no key gets y = 0.
+    Query head h reads key head ⌊h·K/H⌋. Queries are the last T of the S positions. `window` keeps |i − j| < window and
+    the first `lead` keys; `key_bias` g is [B or 1, N, S] with N = 1, K or H; `segments` (queries [B,T], keys [B,S])
+    keeps keys of the query's own segment. A query that sees no key gets y = 0.
 
     Returns:
         y [B,H,T,D] and the logarithm of each row's sum, log Σ_j e^{s_ij}, [B,H,T] (−∞ where no key is seen).
@@ -34,7 +35,7 @@ def attention(
         scores_BHTS = softcap * (scores_BHTS / softcap).tanh()
     if key_bias is not None:
         scores_BHTS = scores_BHTS + key_bias.repeat_interleave(H // key_bias.shape[1], dim=1)[:, :, None, :]
-    hidden = ~visible(T, S, causal, window, segments, q_BHTE.device)
+    hidden = ~visible(T, S, causal, window, lead, segments, q_BHTE.device)
     scores_BHTS = scores_BHTS.masked_fill(hidden, -torch.inf)
     lse_BHT = scores_BHTS.logsumexp(-1)
     # −∞ − −∞ is not a number; a row that sees nothing is set to zero by its mask.
@@ -48,6 +49,7 @@ def visible(
     S: int,
     causal: bool,
     window: int | None,
+    lead: int,
     segments: tuple[Tensor, Tensor] | None,
     device: torch.device | None = None,
 ) -> Tensor:
@@ -56,7 +58,7 @@ def visible(
     j = torch.arange(S, device=device)[None, :]
     keep = (j <= i) if causal else torch.ones(T, S, dtype=torch.bool, device=device)
     if window is not None:
-        keep = keep & ((i - j).abs() < window)
+        keep = keep & (((i - j).abs() < window) | (j < lead))
     if segments is not None:
         keep = keep & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
     return keep

@@ -29,6 +29,7 @@ def attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    lead: int = 0,
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
@@ -39,7 +40,7 @@ def attention(
     (_, H, T, _), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
     k_BHSE, v_BHSD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKSE, v_BKSD))
     bias_BHS = None if key_bias is None else key_bias.repeat_interleave(H // key_bias.shape[1], dim=1)
-    visible = naive.visible(T, S, causal, window, segments, q_BHTE.device)
+    visible = naive.visible(T, S, causal, window, lead, segments, q_BHTE.device)
     outputs, sums = [], []
     for top in range(0, T, rows):
         q = q_BHTE[:, :, top : top + rows]

@@ -95,13 +95,15 @@ def _keep(tile, at, stride, start, bound, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _visible(i, j, S, window, q_seg, k_seg, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Which keys j each query i sees, i and j already laid out against each other."""
+def _visible(i, j, S, window, lead, q_seg, k_seg, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Which keys j each query i sees, i and j already laid out against each other; the first `lead` keys are seen from
+    outside of the window too.
+    """
     keep = (j < S) & (i >= 0)
     if CAUSAL:
         keep = keep & (j <= i)
     if WINDOW:
-        keep = keep & (i - j < window) & (j - i < window)
+        keep = keep & ((j < lead) | ((i - j < window) & (j - i < window)))
     if SEGMENTS:
         keep = keep & (q_seg == k_seg)
     return keep
@@ -143,8 +145,8 @@ def _query_interval(
 
 @triton.jit
 def _forward_span(
-    y, l, m, q, k_at, v_at, bias_at, seg_at, low, high, i, q_seg, stride_ks, stride_vs, S, window, score_scale, cap,
-    E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr, COLUMNS: tl.constexpr,
+    y, l, m, q, k_at, v_at, bias_at, seg_at, low, high, i, q_seg, stride_ks, stride_vs, S, window, lead, score_scale,
+    cap, E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr, COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +162,7 @@ def _forward_span(
             s = (s if SOFTCAP else s * score_scale) + bias[None, :]
         if MASKED:
             k_seg = tl.load(seg_at + j, mask=j < S, other=0)[None, :] if SEGMENTS else 0
-            keep = _visible(i[:, None], j[None, :], S, window, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
+            keep = _visible(i[:, None], j[None, :], S, window, lead, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
             s = tl.where(keep, s, float("-inf"))
         if SOFTCAP or BIAS:
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -183,7 +185,7 @@ def _forward(
     Q, K, V, Bias, QSeg, KSeg, Y, L,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_yb, stride_yh, stride_yt,
-    H, T, S, window, score_scale, cap, GROUP, BIAS_GROUP,
+    H, T, S, window, lead, score_scale, cap, GROUP, BIAS_GROUP,
     E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -212,19 +214,24 @@ def _forward(
         full_end = low
     if WINDOW:
         y, l, m = _forward_span(
+            y, l, m, q, k_at, v_at, bias_at, seg_at, 0, tl.minimum(lead, low), i, q_seg, stride_ks, stride_vs, S,
+            window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
+            PRECISION, True,
+        )  # fmt: skip
+        y, l, m = _forward_span(
             y, l, m, q, k_at, v_at, bias_at, seg_at, low, tl.minimum(full, high), i, q_seg, stride_ks, stride_vs, S,
-            window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
+            window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
             PRECISION, True,
         )  # fmt: skip
     if not SEGMENTS:
         y, l, m = _forward_span(
-            y, l, m, q, k_at, v_at, bias_at, seg_at, full, full_end, i, q_seg, stride_ks, stride_vs, S,
-            window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
-            PRECISION, False,
+            y, l, m, q, k_at, v_at, bias_at, seg_at, full, full_end, i, q_seg, stride_ks, stride_vs, S, window, lead,
+            score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS, PRECISION,
+            False,
         )  # fmt: skip
     y, l, m = _forward_span(
         y, l, m, q, k_at, v_at, bias_at, seg_at, tl.maximum(full, full_end), high, i, q_seg, stride_ks, stride_vs, S,
-        window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
+        window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
         PRECISION, True,
     )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # a row that saw nothing: y stays 0 and m −∞
@@ -258,11 +265,10 @@ def _row_sums(at, row, T):
 
 @triton.jit
 def _dq_span(
-    dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, low, high, i, q_seg, stride_ks, stride_vs, S, window,
-    score_scale, cap,
-    E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr, COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, low, high, i, q_seg, stride_ks, stride_vs, S, window, lead,
+    score_scale, cap, E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr,
+    COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to dq what keys low…high-1 say."""
     for start in tl.range(low, high, COLUMNS):
@@ -280,7 +286,7 @@ def _dq_span(
         p = tl.exp2(s - lse[:, None])
         if MASKED:
             k_seg = tl.load(seg_at + j, mask=j < S, other=0)[None, :] if SEGMENTS else 0
-            keep = _visible(i[:, None], j[None, :], S, window, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
+            keep = _visible(i[:, None], j[None, :], S, window, lead, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
             p = tl.where(keep, p, 0.0)
         ds = p * (dp - delta[:, None]) * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -292,7 +298,7 @@ def _dq(
     Q, K, V, Bias, QSeg, KSeg, DY, L, Delta, DQ,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
-    H, T, S, window, scale, score_scale, cap, GROUP, BIAS_GROUP,
+    H, T, S, window, lead, scale, score_scale, cap, GROUP, BIAS_GROUP,
     E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -321,19 +327,24 @@ def _dq(
         full_end = low
     if WINDOW:
         dq = _dq_span(
+            dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, 0, tl.minimum(lead, low), i, q_seg, stride_ks,
+            stride_vs, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP,
+            BIAS, SEGMENTS, PRECISION, True,
+        )  # fmt: skip
+        dq = _dq_span(
             dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, low, tl.minimum(full, high), i, q_seg, stride_ks,
-            stride_vs, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS,
-            SEGMENTS, PRECISION, True,
+            stride_vs, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP,
+            BIAS, SEGMENTS, PRECISION, True,
         )  # fmt: skip
     if not SEGMENTS:
         dq = _dq_span(
-            dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, full, full_end, i, q_seg, stride_ks,
-            stride_vs, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS,
-            SEGMENTS, PRECISION, False,
+            dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, full, full_end, i, q_seg, stride_ks, stride_vs, S,
+            window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS,
+            PRECISION, False,
         )  # fmt: skip
     dq = _dq_span(
         dq, q, dy, lse, delta, k_at, v_at, bias_at, seg_at, tl.maximum(full, full_end), high, i, q_seg, stride_ks,
-        stride_vs, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS,
+        stride_vs, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, COLUMNS, CAUSAL, WINDOW, SOFTCAP, BIAS,
         SEGMENTS, PRECISION, True,
     )  # fmt: skip
     _keep(dq * scale, DQ + b * stride_gb + h * stride_gh, stride_gt, start, T, ROWS, E, PADDED_E)
@@ -342,10 +353,9 @@ def _dq(
 @triton.jit
 def _dkdv_span(
     dk, dv, dbias, k, v, bias, q_at, dy_at, l_at, delta_at, seg_at, low, high, j, k_seg, stride_qt, stride_ot, T, S,
-    window, score_scale, cap,
-    E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+    window, lead, score_scale, cap, E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr,
+    ROWS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to dk, dv and dbias what query rows low…high-1 say. Tiles of scores stand on their side: [keys, queries]."""
     for start in tl.range(low, high, ROWS):
@@ -366,7 +376,7 @@ def _dkdv_span(
         if MASKED:
             q_seg = tl.load(seg_at + row, mask=row < T, other=0)[None, :] if SEGMENTS else 0
             i = S - T + row
-            keep = _visible(i[None, :], j[:, None], S, window, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
+            keep = _visible(i[None, :], j[:, None], S, window, lead, q_seg, k_seg, CAUSAL, WINDOW, SEGMENTS)
             p = tl.where(keep, p, 0.0)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -382,7 +392,7 @@ def _dkdv(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gs,
     stride_wb, stride_wh, stride_ws,
-    H, T, S, window, scale, score_scale, cap, GROUP, BIAS_GROUP,
+    H, T, S, window, lead, scale, score_scale, cap, GROUP, BIAS_GROUP,
     E: tl.constexpr, D: tl.constexpr, PADDED_E: tl.constexpr, PADDED_D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -403,6 +413,10 @@ def _dkdv(
     dv = tl.zeros([COLUMNS, PADDED_D], tl.float32)
     last = tl.minimum(start + COLUMNS, S) - 1
     low, full, full_end, high = _query_interval(start, last, T, S - T, window, ROWS, CAUSAL, WINDOW)
+    if WINDOW:
+        led = start < lead  # some of these keys are seen from anywhere: every tile of rows gets a mask
+        low = low if CAUSAL else tl.where(led, 0, low)
+        full, full_end, high = tl.where(led, low, full), tl.where(led, low, full_end), tl.where(led, T, high)
     if SEGMENTS:
         full = low
         full_end = low
@@ -418,20 +432,20 @@ def _dkdv(
         if CAUSAL or WINDOW:
             dk, dv, dbias = _dkdv_span(
                 dk, dv, dbias, k, v, bias, q_at, dy_at, l_at, delta_at, seg_at, low, tl.minimum(full, high), j, k_seg,
-                stride_qt, stride_ot, T, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS, CAUSAL, WINDOW,
-                SOFTCAP, BIAS, SEGMENTS, PRECISION, EVEN, True,
+                stride_qt, stride_ot, T, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS, CAUSAL,
+                WINDOW, SOFTCAP, BIAS, SEGMENTS, PRECISION, EVEN, True,
             )  # fmt: skip
         if not SEGMENTS:
             dk, dv, dbias = _dkdv_span(
-                dk, dv, dbias, k, v, bias, q_at, dy_at, l_at, delta_at, seg_at, full, full_end, j, k_seg,
-                stride_qt, stride_ot, T, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS, CAUSAL, WINDOW,
+                dk, dv, dbias, k, v, bias, q_at, dy_at, l_at, delta_at, seg_at, full, full_end, j, k_seg, stride_qt,
+                stride_ot, T, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS, CAUSAL, WINDOW,
                 SOFTCAP, BIAS, SEGMENTS, PRECISION, EVEN, False,
             )  # fmt: skip
         if WINDOW or SEGMENTS:
             dk, dv, dbias = _dkdv_span(
                 dk, dv, dbias, k, v, bias, q_at, dy_at, l_at, delta_at, seg_at, tl.maximum(full, full_end), high, j,
-                k_seg, stride_qt, stride_ot, T, S, window, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS, CAUSAL,
-                WINDOW, SOFTCAP, BIAS, SEGMENTS, PRECISION, EVEN, True,
+                k_seg, stride_qt, stride_ot, T, S, window, lead, score_scale, cap, E, D, PADDED_E, PADDED_D, ROWS,
+                CAUSAL, WINDOW, SOFTCAP, BIAS, SEGMENTS, PRECISION, EVEN, True,
             )  # fmt: skip
         if BIAS:
             tl.store(DBias + (b * H + h) * S + j, dbias, mask=j < S)
@@ -451,19 +465,20 @@ def tiles_of(kernel: str, E: int, D: int, dtype: torch.dtype) -> Tiles:
 @torch.library.custom_op("headwise::flash_attention", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, q_seg: Tensor | None, k_seg: Tensor | None,
-    scale: float, causal: bool, window: int | None, softcap: float | None,
+    scale: float, causal: bool, window: int | None, lead: int, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel: y [B,H,T,D] and L [B,H,T]."""
     q, k, v = _rows_in_one_piece(q, k, v)
     (B, H, T, E), D = q.shape, v.shape[-1]
     tiles = tiles_of("forward", E, D, q.dtype)
     y, lse = _like_output(q, v)
-    shared, flags = _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap)
+    shared, flags = _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap)
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(T, tiles.rows) * B * H,)](
             q, k, v, shared.bias, shared.q_seg, shared.k_seg, y, lse,
             *_strides(q, k, v), *shared.bias_strides, *_strides(y),
-            H, T, k.shape[2], shared.window, shared.score_scale, shared.cap, shared.group, shared.bias_group,
+            H, T, k.shape[2], shared.window, shared.lead, shared.score_scale, shared.cap, shared.group,
+            shared.bias_group,
             ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **flags,
         )  # fmt: skip
     return y, lse
@@ -473,17 +488,19 @@ def forward(
 def backward(
     dy: Tensor, dlse: Tensor, y: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, q_seg: Tensor | None, k_seg: Tensor | None,
-    scale: float, causal: bool, window: int | None, softcap: float | None,
+    scale: float, causal: bool, window: int | None, lead: int, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels: dq, dk, dv and the key bias's gradient of each query head, [B,H,S] (or [0])."""
     q, k, v, dy = _rows_in_one_piece(q, k, v, dy)
     (B, H, T, E), (_, K, S, _), D = q.shape, k.shape, v.shape[-1]
     dq, dk, dv, dbias = _like_gradients(q, k, v, key_bias)
     delta = torch.empty_like(lse)
-    shared, flags = _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap)
+    shared, flags = _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap)
     first = (q, k, v, shared.bias, shared.q_seg, shared.k_seg, dy, lse, delta)
     strides = (*_strides(q, k, v), *shared.bias_strides, *_strides(dy))
-    numbers = (H, T, S, shared.window, scale, shared.score_scale, shared.cap, shared.group, shared.bias_group)
+    numbers = (
+        H, T, S, shared.window, shared.lead, scale, shared.score_scale, shared.cap, shared.group, shared.bias_group,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
         _delta[(triton.cdiv(T, 64) * B * H,)](
             y, dy, dlse.contiguous(), delta, *_strides(y), *_strides(dy), H, T,
@@ -503,17 +520,17 @@ def backward(
 
 
 @forward.register_fake
-def _(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap):
+def _(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap):
     return _like_output(q, v)
 
 
 @backward.register_fake
-def _(dy, dlse, y, lse, q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap):
+def _(dy, dlse, y, lse, q, k, v, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap):
     return _like_gradients(q, k, v, key_bias)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.causal, ctx.window, ctx.softcap = inputs
+    *tensors, ctx.scale, ctx.causal, ctx.window, ctx.lead, ctx.softcap = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
@@ -521,14 +538,14 @@ def _gradients(ctx, dy, dlse):
     y, lse, q, k, v, key_bias, q_seg, k_seg = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    fields = (ctx.scale, ctx.causal, ctx.window, ctx.softcap)
+    fields = (ctx.scale, ctx.causal, ctx.window, ctx.lead, ctx.softcap)
     dq, dk, dv, dbias = backward(dy, dlse, y, lse, q, k, v, key_bias, q_seg, k_seg, *fields)
     if key_bias is None:
         dbias = None
     else:  # sum over the query heads that share a bias, and over the batch where it is shared
         dbias = dbias.unflatten(1, (key_bias.shape[1], -1)).sum(2)
         dbias = dbias.sum_to_size(key_bias.shape).to(key_bias.dtype)
-    return dq, dk, dv, dbias, None, None, None, None, None, None
+    return dq, dk, dv, dbias, None, None, None, None, None, None, None
 
 
 forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -542,13 +559,14 @@ class _Arguments(NamedTuple):
     k_seg: Tensor
     bias_strides: tuple[int, int]
     window: int
+    lead: int
     score_scale: float
     cap: float
     group: int
     bias_group: int
 
 
-def _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap):
+def _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap):
     H, K, E, D = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
     bias = q if key_bias is None else key_bias.contiguous()
     bias_strides = (0, 0) if key_bias is None else (bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1))
@@ -558,6 +576,7 @@ def _arguments(q, k, v, key_bias, q_seg, k_seg, scale, causal, window, softcap):
         k_seg=q if k_seg is None else k_seg.contiguous(),
         bias_strides=bias_strides,
         window=0 if window is None else window,
+        lead=lead,
         score_scale=scale * LOG2E.value if softcap is None else scale / softcap,
         cap=0.0 if softcap is None else softcap * LOG2E.value,
         group=H // K,
