@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := $(BIN)/headwise compare gpt2 llama --data shakespeare --seeds 6 --steps 300 --out demo
 
-.PHONY: help demo test lint format docs bench package clean
+.PHONY: help demo test lint format docs bench gpu-check package clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,10 @@ docs: .venv/installed-dev  ## build the documentation into site/
 
 bench: .venv/installed-dev  ## run the benchmarks, each of which prints its figures
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# A GPU machine brings torch and Triton of its own: nothing is installed, and the source tree is what runs.
+gpu-check:  ## hold the GPU kernels against torch's on one CUDA GPU: results, speed, all lines (under 8 minutes)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 package: .venv/installed-dev  ## build the wheel and start it in an empty environment
 	rm -rf dist && $(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -64,6 +64,16 @@ def test_rope_fast_form_equals_complex_numbers(pairing: str) -> None:
         torch.testing.assert_close(rotated(x, list(range(50)), pairing=pairing, partial_rotary_factor=0.5), fast)
 
 
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_rope_forms_agree_in_half_precision(pairing: str) -> None:
+    """The readable form too turns by exact angles, though bfloat16 has no complex numbers."""
+    x = torch.randn(1, 2, 2, 64).bfloat16()
+    fast = rotated(x, [3, 1001], pairing=pairing)
+    with kernels.naive():
+        readable = rotated(x, [3, 1001], pairing=pairing)
+    torch.testing.assert_close(readable, fast)
+
+
 def test_alibi_slopes_follow_the_paper_for_any_number_of_heads() -> None:
     assert slopes(8) == [2.0 ** -(h + 1) for h in range(8)]
     assert slopes(16)[:2] == pytest.approx([2**-0.5, 2**-1])

@@ -218,7 +218,8 @@ class RoPEEncoding(Encoding):
         if naive_wanted():
             turned = 2 * self.angles.shape[-1]
             scaled = torch.cat([x_BHTD[..., :turned] * self.amplitude, x_BHTD[..., turned:]], -1)
-            return naive.rotate(scaled, self.angles.to(x_BHTD.dtype), interleaved=self.interleaved)
+            angles = self.angles.to(torch.promote_types(x_BHTD.dtype, torch.float32))
+            return naive.rotate(scaled, angles, interleaved=self.interleaved)
         # In half precision the cosines would blur far positions: turn in float32, round once.
         dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
         cos, sin = self._table(dtype)

@@ -12,6 +12,7 @@ def rotate(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
     `interleaved` pairs neighbours (2n, 2n+1); otherwise n is paired with n + N (documents 001 and 002; Su et al. 2021).
     """
     y = x.clone()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # complex numbers have no bfloat16
     n_pairs = angles.shape[-1]
     for n in range(n_pairs):
         a, b = (2 * n, 2 * n + 1) if interleaved else (n, n + n_pairs)
