@@ -166,7 +166,7 @@ def test_fast_form_equals_the_distances_in_every_situation(case: dict[str, Any])
 
 @pytest.mark.parametrize("fields", [{}, {"sigma_dim": "head_dim"}, {"score": "precision"}])
 def test_fast_form_in_float32_is_within_1e_6_and_errs_no_more_than_the_distances(fields: dict[str, Any]) -> None:
-    """At heads of 64; against float64. (The precision score starts sharper, so its errors of either form are larger.)"""
+    """At heads of 64, against float64. The precision score starts sharper, so both its forms err more."""
     attention = get_attention("w2", d_model=256, n_heads=4, **fields)
     x = draws(1, 700, 256)
     given = context(700, attention.mu_dim, "rope", causal=True)

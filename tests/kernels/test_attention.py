@@ -111,6 +111,10 @@ WIDTHS = "d_model=16, n_layers=1, n_heads=2, vocab_size=11, max_seq_len=2048"
         "position=alibi",
         "position=alibi, attention=mqa",
         "attention=window(64)",
+        "attention=w2",
+        "attention=w2(sigma_dim=head_dim, tau=head, kv_heads=1), position=alibi",
+        "attention=mla",
+        "attention=mla(v_head_dim=24)",
         "architecture=encoder, position=alibi",
     ],
 )

@@ -1,8 +1,8 @@
 """Closed-form counts against the built module: parameters by part, torch's FLOP counter, bytes really cached.
 
 Torch's counter sees the readable form of attention, which makes every score; ours counts the scores that the mask lets
-through. So  torch = ours + 4·H·D·(T − keys seen) a token and layer,  which for causal attention is the other half of
-the square. Everything else is equal to the last FLOP.
+through. So  torch = ours + 2·H·(D + E)·(T − keys seen) a token and layer,  E and D the widths of keys and values, which
+for causal attention is the other half of the square. Everything else is equal to the last FLOP.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def measured_flops(spec: ModelSpec, T: int, *, train: bool) -> int:
 
 
 def masked_flops(spec: ModelSpec, T: int) -> float:
-    """FLOPs of the scores that no mask lets through, which torch counts and we do not."""
+    """FLOPs of the scores that no mask lets through, which torch counts and we do not.
+
+    A count is a + b·(keys seen), with b the cost of one score; what it is without the causal mask tells b.
+    """
     total = 0.0
     stacks = [(spec.n_layers or 0, spec.causal)]
     if spec.architecture == "encoder_decoder":
@@ -128,8 +131,9 @@ def masked_flops(spec: ModelSpec, T: int) -> float:
         for layer in range(n_layers):
             attention = spec.attention.at(layer)
             assert isinstance(attention, AttentionSpec)
-            H, _, D = attention.heads(spec.dims)
-            total += T * 4 * H * D * (T - attention.keys_seen(T, causal=causal))
+            seen = [attention.keys_seen(T, causal=c) for c in (False, True)]
+            flops = [attention.flops_per_token(spec.dims, T, causal=c) for c in (False, True)]
+            total += T * (flops[0] - flops[1]) / (seen[0] - seen[1]) * (T - seen[causal])
     return total
 
 

@@ -32,7 +32,7 @@ from headwise.cache import LayerCache
 from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
-from headwise.kernels.attention import sdpa
+from headwise.kernels.attention import naive, sdpa
 from headwise.registry import register_attention
 from headwise.start import Start, fill, heads_of, latent, turned_alike
 
@@ -127,6 +127,7 @@ class MLAAttention(Attention):
         self.n_heads, self.kv_heads, self.head_dim = H, _, D = spec.heads(dims)
         self.latent_dim, self.nope_dim = spec.latent_dim(dims), spec.nope_dim(dims)
         self.rope_dim = spec.rotary_dim(dims)
+        self.scale = spec.key_dim(dims) ** -0.5
         C, E, bias = dims.d_model, spec.key_dim(dims), spec.has_bias(dims)
         if spec.q_lora_rank is None:
             self.wq = nn.Linear(C, H * E, bias=False)
@@ -154,27 +155,29 @@ class MLAAttention(Attention):
         context = context or Context()
         q = self.wq_b(self.q_norm(self.wq_a(x_BTC))) if hasattr(self, "wq_a") else self.wq(x_BTC)
         q_nope, q_rope = split_heads(q, self.n_heads).split([self.nope_dim, self.rope_dim], dim=-1)
-        latent, k_rope = self.wkv_a(x_BTC if memory_BSC is None else memory_BSC)[:, None].split(
-            [self.latent_dim, self.rope_dim], dim=-1
-        )
+        down_B1SL = self.wkv_a(x_BTC if memory_BSC is None else memory_BSC)[:, None]
+        c_B1Sr, k_rope = down_B1SL.split([self.latent_dim, self.rope_dim], dim=-1)
         if memory_BSC is None:
             q_rope, k_rope = self.place(q_rope, context.encoding), self.place(k_rope, context.encoding)
-        kept_B1SL = torch.cat([self.kv_norm(latent), k_rope], dim=-1)
+        kept_B1SL = torch.cat([self.kv_norm(c_B1Sr), k_rope], dim=-1)
         if context.cache is not None:
             assert isinstance(context.cache, LayerCache)
             (kept_B1SL,) = context.cache.append(kept_B1SL)
         readable = naive_wanted() or return_attention_weights
+        weights = None
         if not readable and self._absorbs(x_BTC.shape[1], kept_B1SL.shape[2], context.causal):
-            y_BHTD = self._attend_absorbed(q_nope, q_rope, kept_B1SL, context, attn_mask)
-            return self._out(y_BHTD.transpose(1, 2).flatten(2)), None
-        latent, k_rope = kept_B1SL.split([self.latent_dim, self.rope_dim], dim=-1)
-        k_nope, v_BHSD = split_heads(self.wkv_b(latent[:, 0]), self.n_heads).split(
-            [self.nope_dim, self.head_dim], dim=-1
-        )
-        q_BHTE = torch.cat([q_nope, q_rope], dim=-1)
-        k_BHSE = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
-        y_BHTD, weights = self.attend(q_BHTE, k_BHSE, v_BHSD, context, attn_mask, return_attention_weights)
-        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights
+            y_BHTD = self._absorbed(q_nope, q_rope, kept_B1SL, context, attn_mask)
+        else:
+            q_BHTE, k_BHSE, v_BHSD = self._expanded(q_nope, q_rope, kept_B1SL)
+            if readable:
+                y_BHTD, weights = naive.attention(
+                    q_BHTE, k_BHSE, v_BHSD, scale=self.scale, causal=context.causal,
+                    bias_HTS=context.encoding.bias(q_BHTE, 0, q_BHTE.shape[2]),
+                    segments=context.segments, attn_mask=attn_mask,
+                )  # fmt: skip
+            else:
+                y_BHTD = self._fast(q_BHTE, k_BHSE, v_BHSD, context, attn_mask)
+        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights if return_attention_weights else None
 
     def _absorbs(self, n_queries: int, n_keys: int, causal: bool) -> bool:
         """Whether the absorbed form multiplies less."""
@@ -186,7 +189,15 @@ class MLAAttention(Attention):
         expanded = n_keys * a_token + pairs * (self.nope_dim + self.rope_dim + self.head_dim)
         return n_queries * a_token + pairs * (2 * self.latent_dim + self.rope_dim) < expanded
 
-    def _attend_absorbed(
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys [B,H,·,D_C+D_R] and values [B,H,S,D], one head's beside another's."""
+        c_B1Sr, k_rope = kept_B1SL.split([self.latent_dim, self.rope_dim], dim=-1)
+        up_BHSU = split_heads(self.wkv_b(c_B1Sr[:, 0]), self.n_heads)
+        k_nope, v_BHSD = up_BHSU.split([self.nope_dim, self.head_dim], dim=-1)
+        k_BHSE = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
+        return torch.cat([q_nope, q_rope], dim=-1), k_BHSE, v_BHSD
+
+    def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor, context: Context, attn_mask: Tensor | None
     ) -> Tensor:
         """[B,H,T,D] from queries that meet the latents themselves.
@@ -197,14 +208,16 @@ class MLAAttention(Attention):
         up_HDr = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))
         up_k, up_v = up_HDr.split([self.nope_dim, self.head_dim], dim=1)
         q_BHTL = torch.cat([q_nope @ up_k.to(q_nope.dtype), q_rope], dim=-1)
-        encoding, causal = context.encoding, context.causal
-        y_BHTL = sdpa.attention(
-            q_BHTL, kept_B1SL, kept_B1SL, scale=(self.nope_dim + self.rope_dim) ** -0.5, causal=causal,
-            bias_factors=encoding.bias_factors(q_BHTL) if causal else None,
-            bias_rows=None if causal else encoding.bias,
-            segments=context.segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        y_BHTL = self._fast(q_BHTL, kept_B1SL, kept_B1SL, context, attn_mask)
         return y_BHTL[..., : self.latent_dim] @ up_v.transpose(-1, -2).to(y_BHTL.dtype)
+
+    def _fast(self, q: Tensor, k: Tensor, v: Tensor, context: Context, attn_mask: Tensor | None) -> Tensor:
+        encoding, causal = context.encoding, context.causal
+        return sdpa.attention(
+            q, k, v, scale=self.scale, causal=causal, bias_factors=encoding.bias_factors(q) if causal else None,
+            bias_rows=None if causal else encoding.bias, segments=context.segments, attn_mask=attn_mask,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
 
     def start_from(self, old: nn.Module, start: Start) -> str | None:
         """The old heads' keys and values as one map, cut to rank r by truncated SVD; queries alike with `q_lora_rank`.
