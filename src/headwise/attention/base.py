@@ -6,7 +6,7 @@ softmax attention does, the closed forms of its spec.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,17 @@ from headwise.errors import Problem
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
 from headwise.kernels.rms_norm import rms_norm
+from headwise.kernels.segments import Pattern, keep_by
 from headwise.position import Encoding
 from headwise.registry import ComponentSpec
 
 
 class AttentionSpec(ComponentSpec):
     """Fields of every attention: `kv_heads` (None: n_heads), `head_dim` (None: d_model / n_heads), `bias` and `dropout`
-    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3)."""
+    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3). `takes_bias` marks those with
+    scores that a position code may add to."""
 
+    takes_bias: ClassVar[bool] = True
     kv_heads: int | None = Field(None, gt=0)
     head_dim: int | None = Field(None, gt=0)
     bias: bool | None = None
@@ -90,6 +93,17 @@ class AttentionSpec(ComponentSpec):
         return context
 
 
+class ScoreSpec(AttentionSpec):
+    """Fields of the kinds that may change their scores: `softcap` c (scores become c·tanh(score/c), Gemma 2) and `sink`
+    (a learned score a head in the softmax's denominator, without a value, gpt-oss)."""
+
+    softcap: float | None = Field(None, gt=0)
+    sink: bool = False
+
+    def param_count(self, dims: Dims) -> int:
+        return super().param_count(dims) + (dims.n_heads if self.sink else 0)
+
+
 class Context(NamedTuple):
     """What a layer is told of the tokens besides their vectors.
 
@@ -126,10 +140,12 @@ class Attention(nn.Module):
     """Projections around a mechanism's `attend`.
 
     `wq`: C → H·E, `wk`: C → K·E, `wv`: C → K·D, `wo`: H·D → C; E is the spec's `key_dim`, by default D. `window` is how
-    many keys a query sees; None: all.
+    many keys a query sees; None: all. `pattern` says which of them, by positions in the segment; None: each.
     """
 
     window: int | None = None
+    pattern: Pattern | None = None
+    sink: nn.Parameter | None
 
     def __init__(self, spec: AttentionSpec, dims: Dims) -> None:
         super().__init__()
@@ -142,6 +158,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
         if spec.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(E), HeadNorm(E)
+        scores = spec if isinstance(spec, ScoreSpec) else None
+        self.softcap = scores.softcap if scores else None
+        self.register_parameter("sink", nn.Parameter(torch.zeros(H)) if scores and scores.sink else None)
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
 
@@ -173,7 +192,11 @@ class Attention(nn.Module):
             assert isinstance(context.cache, LayerCache)
             k_BKSE, v_BKSD = context.cache.append(k_BKSE, v_BKSD)
         y_BHTD, weights = self.attend(q_BHTE, k_BKSE, v_BKSD, context, attn_mask, return_attention_weights)
-        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights
+        return self._out(self.gate(y_BHTD.transpose(1, 2).flatten(2), x_BTC)), weights
+
+    def gate(self, y_BTF: Tensor, x_BTC: Tensor) -> Tensor:
+        """The heads' outputs side by side [B,T,H·D] as they go into `wo`; here as they are."""
+        return y_BTF
 
     def _heads(self, x_BTC: Tensor, context: Context, memory_BSC: Tensor | None = None) -> tuple[Tensor, ...]:
         """Queries [B,H,T,E], keys [B,K,S,E] and values [B,K,S,D] of the pass's own tokens, normed and placed."""
@@ -222,18 +245,41 @@ class Attention(nn.Module):
 
         Here by softmax: the fused kernel, or the readable one inside `kernels.naive()` and where weights are wanted.
         """
-        scale = q_BHTD.shape[-1] ** -0.5
-        encoding, segments = context.encoding, context.segments
-        if naive_wanted() or need_weights:
-            y, weights = naive.attention(
-                q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=self.window,
-                bias_HTS=encoding.bias(q_BHTD, 0, q_BHTD.shape[2]), segments=segments, attn_mask=attn_mask,
-            )  # fmt: skip
-            return (y, weights) if need_weights else (y, None)
-        y = sdpa.attention(
-            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=context.causal, window=self.window,
-            bias_factors=encoding.bias_factors(q_BHTD) if context.causal else None,
-            bias_rows=None if context.causal else encoding.bias,
-            segments=segments, attn_mask=attn_mask, dropout=self.dropout if self.training else 0.0,
+        encoding, T, S = context.encoding, q_BHTD.shape[2], k_BKSD.shape[2]
+        if not naive_wanted() and not need_weights:
+            return self.fast(q_BHTD, k_BKSD, v_BKSD, context, attn_mask), None
+        keep = keep_by(self.pattern, T, S, context.segments, q_BHTD.device)(0, T) if self.pattern else None
+        y, weights = naive.attention(
+            q_BHTD, k_BKSD, v_BKSD, scale=q_BHTD.shape[-1] ** -0.5, causal=context.causal, window=self.window,
+            keep=keep, softcap=self.softcap, sink_H=self.sink, bias_HTS=encoding.bias(q_BHTD, 0, T),
+            segments=context.segments, attn_mask=attn_mask,
         )  # fmt: skip
-        return y, None
+        return y, weights if need_weights else None
+
+    def fast(
+        self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, context: Context, attn_mask: Tensor | None
+    ) -> Tensor:
+        """What `attend` computes, on the fused kernel; a pattern is looked up here, a block of rows at a time."""
+        keep = None
+        if self.pattern is not None:
+            keep = keep_by(self.pattern, q_BHTE.shape[2], k_BKSE.shape[2], context.segments, q_BHTE.device)
+        return sdpa.attention(
+            q_BHTE, k_BKSE, v_BKSD, window=self.window, keep=keep, segments=context.segments, attn_mask=attn_mask,
+            **self.scores(q_BHTE, context),
+        )  # fmt: skip
+
+    def scores(self, q_BHTE: Tensor, context: Context) -> dict[str, Any]:
+        """How scores become weights, as the fast kernels take it."""
+        return {
+            "scale": q_BHTE.shape[-1] ** -0.5,
+            "causal": context.causal,
+            "softcap": self.softcap,
+            "sink_H": self.sink,
+            "bias_factors": context.encoding.bias_factors(q_BHTE) if context.causal else None,
+            "bias_rows": None if context.causal else context.encoding.bias,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+
+    def biases_rows(self, q_BHTE: Tensor, context: Context) -> bool:
+        """Whether the position code adds to the scores what does not split into a query's part and a key's."""
+        return not context.causal and context.encoding.bias(q_BHTE, 0, 0) is not None

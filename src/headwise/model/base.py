@@ -13,18 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from headwise.attention import AttentionSpec, Context
 from headwise.cache import ModelCache
 from headwise.errors import HeadwiseError
+from headwise.kernels.segments import segment_positions as segment_positions
 from headwise.model.block import Block
 from headwise.position import Encoding, Position
 from headwise.registry import NORM, POSITION, Pattern
 from headwise.spec import ModelSpec
-
-
-def segment_positions(segments_BS: Tensor) -> Tensor:
-    """Positions that start again at 0 with every run of one segment: int64 [B,S] → [B,S]."""
-    index = torch.arange(segments_BS.shape[1], device=segments_BS.device).expand_as(segments_BS)
-    starts = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    return index - (index * starts).cummax(dim=1).values
 
 
 class Stack(nn.Module):

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Query rows a masked call handles at once: bounds its mask to ROWS × S. A window shorter than this still pays for
-# ROWS keys.
+from headwise.kernels.attention import window as windows
+from headwise.kernels.attention.block import attend
+from headwise.kernels.segments import Keep
+
+# Query rows a masked call handles at once: bounds its mask, or its scores, to ROWS × S.
 ROWS = 256
 
 
@@ -29,71 +31,98 @@ def attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    first: int = 0,
+    keep: Keep | None = None,
+    softcap: float | None = None,
+    sink_H: Tensor | None = None,
     bias_factors: tuple[Tensor, Tensor] | None = None,
     bias_rows: Callable[[Tensor, int, int], Tensor | None] | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `naive.attention`, with the bias as factors ([H,T,n], [S,n]) or as a function of a range of rows ([H,rows,S]).
+    """As `naive.attention`, with the bias as factors ([H,T,n], [S,n]) or as a function of a range of rows ([H,rows,S]),
+    `keep` as a function of a range of rows, and the `first` keys seen beside a window.
 
-    One call of the fused kernel where nothing but causality masks. Otherwise blocks of query rows, each with the keys
-    it can reach, so a window costs O(T·window); a block's mask is made anew for the backward pass, so no T×S tensor
-    is ever held.
+    One call of the fused kernel where nothing but causality masks, and for a window (see `window.py`). Otherwise blocks
+    of query rows, each with the keys it can reach, so a window costs O(T·window); a block's mask is made anew for
+    the backward pass, so no T×S tensor is ever held.
 
     Returns:
         [B,H,T,D], D the width of `v_BKSD`.
     """
-    D = v_BKSD.shape[-1]
-    if bias_factors is not None:
+    D, T, S = v_BKSD.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
+    if bias_factors is not None and softcap is None:
         q_BHTD, k_BKSD = with_bias(q_BHTD, k_BKSD, bias_factors, scale)
-        scale = 1.0
-    wider = q_BHTD.shape[-1] - D  # the CPU kernel is fused only for equal widths
-    if wider > 0:
-        v_BKSD = F.pad(v_BKSD, (0, wider))
-    elif wider < 0:
-        q_BHTD, k_BKSD = F.pad(q_BHTD, (0, -wider)), F.pad(k_BKSD, (0, -wider))
-    T, S = q_BHTD.shape[2], k_BKSD.shape[2]
+        scale, bias_factors = 1.0, None
     if window is not None and window >= S:
         window = None
-    enable_gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
-    biased = bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None
-    plain = attn_mask is None and segments is None and window is None and not biased
-    if plain and (not causal or T == 1 or T == S):
-        y = F.scaled_dot_product_attention(
-            q_BHTD, k_BKSD, v_BKSD, is_causal=causal and T > 1, scale=scale, dropout_p=dropout, enable_gqa=enable_gqa
-        )
+    biased = bias_factors is not None or (bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None)
+    plain = attn_mask is None and segments is None and keep is None and softcap is None and not biased
+    if plain and window is None and (not causal or T == 1 or T == S):
+        y = attend(
+            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal and T > 1, sink_H=sink_H, dropout=dropout
+        )  # fmt: skip
         return y[..., :D]
 
-    def block(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, start: int) -> Tensor:
-        stop = min(start + ROWS, T)
-        first, last = S - T + start, S - T + stop - 1
-        low = 0 if window is None else max(0, first - window + 1)
-        high = min(S, last + 1) if causal else (S if window is None else min(S, last + window))
-        mask = _mask(first, last, low, high, causal, window, q_BHTD.device)
+    def block(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, start: int, stop: int) -> Tensor:
+        low, high = 0, min(S, S - T + stop) if causal else S
+        if window is not None:
+            low = max(0, S - T + start - window + 1)
+            high = min(high, S - T + stop - 1 + window)
+        ranges = [(0, first), (low, high)] if 0 < first < low else [(0 if low <= first else low, high)]
+
+        def columns(x: Tensor, dim: int) -> Tensor:
+            """The keys within reach, of a tensor with one entry a key, or one for all."""
+            if x.shape[dim] == 1 < S:
+                return x
+            parts = [x.narrow(dim, a, b - a) for a, b in ranges]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+        index = torch.arange(S, device=q_BHTD.device)
+        i, j = index[S - T + start : S - T + stop, None], columns(index, 0)
+        mask = (j <= i) if causal else torch.ones(len(i), len(j), dtype=torch.bool, device=i.device)
+        if window is not None:
+            mask = mask & (((i - j).abs() < window) | (j < first))
+        if keep is not None:
+            mask = mask & columns(keep(start, stop), -1)
         if segments is not None:
-            q_seg, k_seg = segments[0][:, start:stop], segments[1][:, low:high]
-            mask = mask & (q_seg[:, None, :, None] == k_seg[:, None, None, :])
-        added = bias_rows(q_BHTD, start, stop) if bias_rows is not None else None
+            mask = mask & (segments[0][:, None, start:stop, None] == columns(segments[1], -1)[:, None, None])
+        added = None
+        if bias_factors is not None:
+            a_HTn, b_Sn = bias_factors
+            added = a_HTn[..., start:stop, :] @ columns(b_Sn[..., None, :, :], -2).transpose(-1, -2)
+        if bias_rows is not None and (rows_HTS := bias_rows(q_BHTD, start, stop)) is not None:
+            added = columns(rows_HTS, -1)
         if attn_mask is not None:
-            given = attn_mask[..., start:stop, :] if attn_mask.shape[-2] > 1 else attn_mask
+            given = columns(attn_mask[..., start:stop, :] if attn_mask.shape[-2] > 1 else attn_mask, -1)
             if given.dtype == torch.bool:
-                mask = mask & _columns(given, low, high)
+                mask = mask & given
             else:
                 added = given if added is None else given + added
         if added is not None:
-            mask = _columns(added, low, high).to(q_BHTD.dtype).masked_fill(~mask, -torch.inf)
-        return F.scaled_dot_product_attention(
-            q_BHTD[:, :, start:stop], k_BKSD[:, :, low:high], v_BKSD[:, :, low:high],
-            attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=enable_gqa,
+            mask = added.to(q_BHTD.dtype).masked_fill(~mask, -torch.inf)
+        return attend(
+            q_BHTD[:, :, start:stop], columns(k_BKSD, 2), columns(v_BKSD, 2), mask,
+            scale=scale, softcap=softcap, sink_H=sink_H, dropout=dropout,
         )  # fmt: skip
 
-    starts = range(0, T, ROWS)
-    if torch.is_grad_enabled() and len(starts) > 1 and window is None:
-        blocks = [checkpoint(block, q_BHTD, k_BKSD, v_BKSD, start, use_reentrant=False) for start in starts]
-    else:
-        blocks = [block(q_BHTD, k_BKSD, v_BKSD, start) for start in starts]
-    return torch.cat(blocks, dim=2)[..., :D]
+    def rows(start: int, stop: int) -> Tensor:
+        starts = range(start, stop, ROWS)
+        again = torch.is_grad_enabled() and len(starts) > 1 and (window is None or softcap is not None)
+        blocks = []
+        for at in starts:
+            args = (q_BHTD, k_BKSD, v_BKSD, at, min(at + ROWS, stop))
+            blocks.append(checkpoint(block, *args, use_reentrant=False) if again else block(*args))
+        return torch.cat(blocks, dim=2)
+
+    if plain and window is not None:
+        y = windows.attention(
+            q_BHTD, k_BKSD, v_BKSD, rows,
+            scale=scale, causal=causal, window=window, first=first, sink_H=sink_H, dropout=dropout,
+        )  # fmt: skip
+        return y[..., :D]
+    return rows(0, T)[..., :D]
 
 
 def with_bias(
@@ -104,16 +133,3 @@ def with_bias(
     a = a_HTn.expand(q_BHTD.shape[0], *a_HTn.shape[-3:])
     b = b_Sn[..., None, :, :].expand(k_BKSD.shape[0], k_BKSD.shape[1], *b_Sn.shape[-2:])
     return torch.cat([a, q_BHTD * scale], -1), torch.cat([b, k_BKSD], -1)
-
-
-def _columns(mask: Tensor, low: int, high: int) -> Tensor:
-    """The keys low…high-1 of a mask whose last dimension may be broadcast."""
-    return mask[..., low:high] if mask.shape[-1] > 1 else mask
-
-
-def _mask(first: int, last: int, low: int, high: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [rows, keys] for query positions first…last and key positions low…high-1."""
-    i = torch.arange(first, last + 1, device=device)[:, None]
-    j = torch.arange(low, high, device=device)[None, :]
-    keep = (j <= i) if causal else torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=device)
-    return keep if window is None else keep & ((i - j).abs() < window)
