@@ -12,7 +12,7 @@ time.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from headwise.registry import register_position
 class ALiBiSpec(PositionSpec):
     """Scores fall linearly with distance, one fixed slope a head (BLOOM); no length limit, no parameters."""
 
+    biases: ClassVar[bool] = True
     kind: Literal["alibi"] = "alibi"
 
 

@@ -12,9 +12,12 @@ from headwise.registry import ComponentSpec
 
 
 class PositionSpec(ComponentSpec):
-    """Base of the position codes' specs. `embeds` marks those that add to the token embeddings."""
+    """Base of the position codes' specs. `embeds` marks those that add to the token embeddings, `biases` those that add
+    to the scores.
+    """
 
     embeds: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
 
     def check_head(self, head_dim: int) -> list[Problem]:
         """What is wrong with this code for heads of width `head_dim`; empty where nothing is."""

@@ -112,6 +112,9 @@ class ModelSpec(BaseModel):
                 if isinstance(attention, AttentionSpec) and isinstance(position, PositionSpec):
                     for problem in position.check_head(attention.rotary_dim(dims)):
                         heads[problem.message] = problem
+                    if position.biases and not attention.takes_bias:
+                        message = f"{position.kind} adds to scores, and {attention.kind} has none; use rope or none"
+                        heads[message] = Problem("position", message)
             problems += heads.values()
         return problems
 
