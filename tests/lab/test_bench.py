@@ -103,12 +103,41 @@ def test_a_core_is_the_layer_without_its_projections(call: str, causal: bool) ->
     assert isinstance(layer, torch.nn.Module)
     assert y_BTF.shape == (1, 16, 16)
     x_BTC = one.random(1, 16, 16)
-    del layer._project  # type: ignore[operator]
+    del layer._project
     code = POSITION.build("rope", one.dims(16)).encode(torch.arange(16), 16, 8)
     whole = layer(x_BTC, context=bench_cases.Context(causal=causal, encoding=code))[0]
     torch.testing.assert_close(layer.wo(y_BTF), whole)  # type: ignore[operator]
     gradients = torch.autograd.grad(y_BTF, work.leaves, torch.ones_like(y_BTF), allow_unused=True)
     assert sum(g is not None for g in gradients) == (5 if "qk_norm" in call else 3)
+
+
+@pytest.mark.parametrize("call", typical_calls())
+def test_the_core_of_every_kind_is_its_layers(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is registered: its projections are found, and what is left gives what the layer gave before its last
+    map. A kind whose projections were missed would be charged for them."""
+    one = bed(kinds=call, n_heads=4, head_dim=16)
+    torch.manual_seed(0)
+    layer = ATTENTION.build(attention_spec(call, one), one.dims(32))
+    x_BTC = one.leaf(1, 32, 64)
+
+    def forward() -> torch.Tensor:
+        return layer(x_BTC, context=bench_cases.Context(causal=True))[0]
+
+    weights: list[torch.Tensor] = []
+    torch_linear = F.linear
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weights.append(weight)
+        return torch_linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", noted)
+    whole = forward()
+    monkeypatch.undo()
+    core, ready = bench_cases.core(layer, x_BTC, forward)
+    assert sum(y.shape[-1] for y in ready) >= 3 * 8
+    torch.testing.assert_close(F.linear(core(), weights[-1]), whole)
+    (from_input,) = torch.autograd.grad(core().sum(), [x_BTC], allow_unused=True)
+    assert from_input is None
 
 
 def test_a_core_keeps_maps_that_read_something_else_than_the_input() -> None:

@@ -232,11 +232,18 @@ def core(layer: nn.Module, x_BTC: Tensor, forward: Callable[[], Tensor]) -> tupl
         ready.append(y.detach().contiguous().requires_grad_(y.requires_grad))
         return ready[-1]
 
-    if isinstance(layer, Attention) and type(layer)._project is Attention._project:
-        # Before the maps: in training the base puts their weights side by side, which is part of projecting.
-        given = tuple(keep(y) for y in layer._project(x_BTC, x_BTC))
-        layer._project = lambda x_BTC, source_BSC: given  # type: ignore[method-assign]
     torch_linear = F.linear
+    if isinstance(layer, Attention) and type(layer)._project is Attention._project:
+        # As a whole: in training the base puts the maps' weights side by side first, which is part of projecting.
+        project, given = layer._project, list[Tensor]()
+
+        def projected(x_BTC: Tensor, source_BSC: Tensor) -> tuple[Tensor, ...]:
+            if not given:
+                with _linear(torch_linear):
+                    given.extend(keep(y) for y in project(x_BTC, source_BSC))
+            return tuple(given)
+
+        layer._project = projected  # type: ignore[method-assign]
     calls: list[tuple[bool, Tensor]] = []
 
     def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
