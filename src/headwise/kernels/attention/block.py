@@ -2,7 +2,9 @@
 
 **A learned sink** (gpt-oss) is one more key in the softmax's denominator, with a score s_h of its own and no value. It
 costs the fused kernel one key and one dimension: q' = [s_h, scale·q], the keys k' = [0, k], the sink's key [1, 0], its
-value 0. **A soft-cap** (Gemma 2) bends every score, which the fused kernel cannot do on a CPU: the scores are formed.
+value 0. For a few queries, as in decoding, copying all keys for that would cost more than the scores: then those are
+formed.
+**A soft-cap** (Gemma 2) bends every score, which the fused kernel cannot do on a CPU: the scores are formed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FEW = 16  # so many queries at most have their scores formed rather than the keys copied for a sink
 
 
 def attend(
@@ -26,15 +30,19 @@ def attend(
 ) -> Tensor:
     """Attention under a mask (boolean or added, broadcast to [B,H,T,S]) or, where T = S, the causal triangle.
 
-    A soft-cap takes a mask. The result [B,H,T,·] may be wider than the values, by zeros on the right.
+    A soft-cap takes a mask in place of the triangle.
+
+    Returns:
+        [B,H,T,D].
     """
-    if softcap is not None:
+    if softcap is not None or (sink_H is not None and not causal and q_BHTE.shape[2] <= FEW):
         assert not causal
         return _formed(q_BHTE, k_BKSE, v_BKSD, mask, scale, softcap, sink_H, dropout)
     if sink_H is not None:
         q_BHTE, k_BKSE, v_BKSD, mask = _with_sink(q_BHTE, k_BKSE, v_BKSD, mask, scale, causal, sink_H)
         scale = 1.0
-    wider = q_BHTE.shape[-1] - v_BKSD.shape[-1]  # the CPU kernel is fused only for equal widths
+    D = v_BKSD.shape[-1]
+    wider = q_BHTE.shape[-1] - D  # the CPU kernel is fused only for equal widths
     if wider > 0:
         v_BKSD = F.pad(v_BKSD, (0, wider))
     elif wider < 0:
@@ -43,7 +51,7 @@ def attend(
         q_BHTE, k_BKSE, v_BKSD, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )  # fmt: skip
-    return y_BHTD[:, :, 1:] if causal and sink_H is not None else y_BHTD
+    return y_BHTD[:, :, int(causal and sink_H is not None) :, :D]
 
 
 def _with_sink(
@@ -66,7 +74,7 @@ def _formed(
     v_BKSD: Tensor,
     mask: Tensor | None,
     scale: float,
-    softcap: float,
+    softcap: float | None,
     sink_H: Tensor | None,
     dropout: float,
 ) -> Tensor:
@@ -75,7 +83,8 @@ def _formed(
     grouped_BKNE = q_BHTE.unflatten(1, (n_kv, -1)).flatten(2, 3)  # the query heads of one key head, one below the other
     scores_BHTS = scale * (grouped_BKNE @ k_BKSE.transpose(-1, -2)).unflatten(2, (-1, T)).flatten(1, 2)
     scores_BHTS = scores_BHTS.to(torch.promote_types(scores_BHTS.dtype, torch.float32))
-    scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     if mask is not None:
         bool_mask = mask.dtype == torch.bool
         scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf) if bool_mask else scores_BHTS + mask

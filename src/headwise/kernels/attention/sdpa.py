@@ -51,7 +51,7 @@ def attention(
     Returns:
         [B,H,T,D], D the width of `v_BKSD`.
     """
-    D, T, S = v_BKSD.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
+    T, S = q_BHTD.shape[2], k_BKSD.shape[2]
     if bias_factors is not None and softcap is None:
         q_BHTD, k_BKSD = with_bias(q_BHTD, k_BKSD, bias_factors, scale)
         scale, bias_factors = 1.0, None
@@ -60,10 +60,7 @@ def attention(
     biased = bias_factors is not None or (bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None)
     plain = attn_mask is None and segments is None and keep is None and softcap is None and not biased
     if plain and window is None and (not causal or T == 1 or T == S):
-        y = attend(
-            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal and T > 1, sink_H=sink_H, dropout=dropout
-        )  # fmt: skip
-        return y[..., :D]
+        return attend(q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal and T > 1, sink_H=sink_H, dropout=dropout)
 
     def block(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, start: int, stop: int) -> Tensor:
         low, high = 0, min(S, S - T + stop) if causal else S
@@ -108,6 +105,12 @@ def attention(
         )  # fmt: skip
 
     def rows(start: int, stop: int) -> Tensor:
+        if plain and causal and T == S and start == 0 and window is not None and stop <= window + first:
+            # Too early for the window to hide anything.
+            return attend(
+                q_BHTD[:, :, :stop], k_BKSD[:, :, :stop], v_BKSD[:, :, :stop],
+                scale=scale, causal=True, sink_H=sink_H, dropout=dropout,
+            )  # fmt: skip
         starts = range(start, stop, ROWS)
         again = torch.is_grad_enabled() and len(starts) > 1 and (window is None or softcap is not None)
         blocks = []
@@ -117,12 +120,11 @@ def attention(
         return torch.cat(blocks, dim=2)
 
     if plain and window is not None:
-        y = windows.attention(
+        return windows.attention(
             q_BHTD, k_BKSD, v_BKSD, rows,
             scale=scale, causal=causal, window=window, first=first, sink_H=sink_H, dropout=dropout,
         )  # fmt: skip
-        return y[..., :D]
-    return rows(0, T)[..., :D]
+    return rows(0, T)
 
 
 def with_bias(

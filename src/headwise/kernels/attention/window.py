@@ -40,7 +40,7 @@ def attention(
     """Attention to the nearest `window` keys and the `first` ones of all; `rows` does the blocks at the ends.
 
     Returns:
-        [B,H,T,·], as wide as `rows` gives it.
+        [B,H,T,D].
     """
     (B, H, T, _), S, R = q_BHTE.shape, k_BKSE.shape[2], block_rows(window)
     back, ahead = window - 1, 0 if causal else window - 1

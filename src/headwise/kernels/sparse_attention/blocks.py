@@ -39,7 +39,7 @@ def bigbird(
     """
     T, S = q_BHTE.shape[2], k_BKSE.shape[2]
     if not causal and global_tokens >= S:
-        return attend(q_BHTE, k_BKSE, v_BKSD, scale=scale, dropout=dropout)[..., : v_BKSD.shape[-1]]
+        return attend(q_BHTE, k_BKSE, v_BKSD, scale=scale, dropout=dropout)
     n_blocks = -(-S // block_size)
     linked: list[set[int]] = [set(draws(n, random_blocks, seed)) for n in range(n_blocks)]
     if not causal:
@@ -63,7 +63,7 @@ def bigbird(
     if causal or not global_tokens:
         return y
     first = attend(q_BHTE[:, :, :global_tokens], k_BKSE, v_BKSD, scale=scale, dropout=dropout)
-    return torch.cat([first[..., : y.shape[-1]], y[:, :, global_tokens:]], 2)
+    return torch.cat([first, y[:, :, global_tokens:]], 2)
 
 
 def attention(
@@ -91,7 +91,7 @@ def attention(
     Returns:
         [B,H,T,D].
     """
-    (B, H, T, _), (S, D), device = q_BHTE.shape, v_BKSD.shape[2:], q_BHTE.device
+    (B, H, T, _), S, device = q_BHTE.shape, k_BKSE.shape[2], q_BHTE.device
     before = (S - T) % block_size if len(lists) > 1 else 0
     rows = block_size if len(lists) > 1 else T
     # Rows that fill up the first block and the last are copies of their neighbours as far as positions go.
@@ -122,7 +122,7 @@ def attention(
         q = _fold(q_BHNRE[:, :, group])
         k, v = (_fold(x.index_select(2, j.flatten()).unflatten(2, (len(group), -1))) for x in (k_BKSE, v_BKSD))
         y = attend(q, k, v, mask_NRW[:, None], scale=scale, dropout=dropout)
-        parts.append(y[..., :D].unflatten(1, (B, H)).permute(1, 2, 0, 3, 4))
+        parts.append(y.unflatten(1, (B, H)).permute(1, 2, 0, 3, 4))
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
     return torch.cat(parts, 2).index_select(2, back).flatten(2, 3)[:, :, before : before + T]
 

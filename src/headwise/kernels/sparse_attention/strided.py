@@ -35,14 +35,14 @@ def attention(
     Returns:
         [B,H,T,D].
     """
-    (H, T), (K, S, D), device = q_BHTE.shape[1:3], v_BKSD.shape[1:], q_BHTE.device
+    (H, T), (K, S), device = q_BHTE.shape[1:3], k_BKSE.shape[1:3], q_BHTE.device
     L = min(stride, S)
     if T == 1 and causal:
         far = S - 1 - L * torch.arange(1, (S - 1) // L + 1, device=device)
         seen = torch.cat([far, torch.arange(S - L, S, device=device)])
         k, v = k_BKSE.index_select(2, seen), v_BKSD.index_select(2, seen)
         own = None if segments is None else (segments[1][:, seen] == segments[0])[:, None, None]
-        return attend(q_BHTE, k, v, own, scale=scale, dropout=dropout)[..., :D]
+        return attend(q_BHTE, k, v, own, scale=scale, dropout=dropout)
     # Rows are counted from the end, and filled up at the start with keys that nobody sees.
     n_q, n_k = -(-T // L), -(-S // L)
     q_BHNLE = F.pad(q_BHTE, (0, 0, n_q * L - T, 0)).unflatten(2, (n_q, L))
