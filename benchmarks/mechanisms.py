@@ -46,7 +46,8 @@ def main() -> None:
     made = {name: found[name]() for name in arguments.tables or found}
     result = {"command": "python benchmarks/mechanisms.py", "machine": machine(), "tables": made}
     if arguments.save:
-        together = {"tables": (kept["tables"] if arguments.tables else {}) | made}
+        latest = json.loads(FIGURES.read_text(encoding="utf-8"))  # another table may have been saved meanwhile
+        together = {"tables": (latest["tables"] if arguments.tables else {}) | made}
         FIGURES.write_text(json.dumps(result | together, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
