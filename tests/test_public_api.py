@@ -10,7 +10,7 @@ from headwise.lab.settings import CompareSettings
 from headwise.train import TrainSettings
 
 PUBLIC = {
-    *("ModelSpec", "HeadwiseError", "parse", "count", "list_presets", "build", "load", "save_pretrained"),
+    *("ModelSpec", "HeadwiseError", "parse", "count", "list_presets", "build", "swap", "load", "save_pretrained"),
     *("train", "resume", "generate", "compare", "bench"),
     *(
         f"{verb}_{family}"

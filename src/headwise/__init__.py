@@ -26,6 +26,7 @@ _HOMES = {
     "build": "headwise.model",
     "load": "headwise.io.pretrained",
     "save_pretrained": "headwise.io.pretrained",
+    "swap": "headwise.model.surgery",
     "train": "headwise.train",
     "resume": "headwise.train",
     "generate": "headwise.generate",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from headwise.lab.bench import bench as bench
     from headwise.lab.compare import compare as compare
     from headwise.model import build as build
+    from headwise.model.surgery import swap as swap
     from headwise.registry import get_attention as get_attention
     from headwise.registry import get_ffn as get_ffn
     from headwise.registry import get_norm as get_norm

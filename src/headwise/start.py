@@ -236,20 +236,19 @@ def latent(weight_MC: Tensor, rank: int, start: Start) -> tuple[Tensor, Tensor]:
 
 def start_ffn(new: nn.Module, old: nn.Module, start: Start) -> str:
     """Neurons taken over, the most active first where there are fewer, and the output map fitted to the old outputs."""
-    x_NC, to_fit = start.inputs_NC, cast(Any, new)
+    x_NC = start.inputs_NC
     wanted_NC = outputs(old, x_NC)
-    names = [name for name in ("w_in", "w_gate", "w_up") if _pair(new, old, name)]
-    if isinstance(getattr(new, "w_in", None), nn.Linear) and "w_in" not in names and hasattr(old, "w_gate"):
-        source = {"w_in": "w_gate"}
-    else:
-        source = {name: name for name in names}
-    if not source or not _pair(new, old, "w_out"):
+    to, source = neurons(new), neurons(old)
+    if not source or not to or to[0].in_features != source[0].in_features:
         copy_equal(new, old.state_dict())
         return fit_out(new, x_NC, wanted_NC)
     order = by_activity(old, x_NC)
-    for to, name in source.items():
-        take_rows(getattr(new, to), getattr(old, name), order)
-    take_columns(to_fit.w_out, cast(Any, old).w_out, order)
+    for own, theirs in zip(to, source):
+        take_rows(own, theirs, order)
+    if len(to) > len(source) and to[-1].bias is not None:  # a gate of what is always 1 is that gate alone
+        fill(to[-1], torch.zeros_like(to[-1].weight), torch.ones_like(to[-1].bias))
+    w_out, old_w_out = (cast(Any, each).w_out for each in (new, old))
+    take_columns(w_out, old_w_out, order)
     error = relative_error(outputs(new, x_NC), wanted_NC)
     if error < 1e-5:
         return "its weights"
@@ -259,15 +258,6 @@ def start_ffn(new: nn.Module, old: nn.Module, start: Start) -> str:
         new.load_state_dict(kept)
         return "its neurons"
     return "its neurons, output map fitted"
-
-
-def _pair(new: nn.Module, old: nn.Module, name: str) -> bool:
-    """Whether both have this map, between the same outer widths."""
-    maps = [getattr(each, name, None) for each in (new, old)]
-    if not all(isinstance(each, nn.Linear) for each in maps):
-        return False
-    outer = "out_features" if name == "w_out" else "in_features"
-    return getattr(maps[0], outer) == getattr(maps[1], outer)
 
 
 def neurons(ffn: nn.Module) -> list[nn.Linear]:

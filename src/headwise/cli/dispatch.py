@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train one architecture",
     "resume": "go on with a training run or a comparison that was stopped",
     "generate": "text from a trained model",
+    "swap": "other mechanisms in a trained model, started from the weights they replace",
     "eval": "the loss of a trained model on a text",
 }
 

@@ -16,7 +16,7 @@ from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.checkpoint import MODEL, list_checkpoints, read_checked_tensors, read_json, read_state
 from headwise.io.tensors import fill_module, module_tensors, read_tensors, write_tensors
 from headwise.model import build
-from headwise.spec import parse
+from headwise.spec import ModelSpec, parse
 
 if TYPE_CHECKING:
     import torch
@@ -64,15 +64,33 @@ def load(path: Path | str, device: torch.device | str | None = None, dtype: torc
     if not path.is_dir():
         raise FormatError(f"{path} is no folder; give the folder of a model or of a training run")
     line, tensors, where = _run(path) if (path / "run.json").exists() else _model(path)
-    try:
-        spec = parse(line)
-    except SpecError as error:
-        raise FormatError(f"{where}: its line cannot be read by this headwise: {error}") from None
+    spec = _parsed(line, where)
     if dtype is None:
         dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     module = build(spec, device=device, dtype=dtype)
     fill_module(module, tensors, where)
     return module.eval()
+
+
+def saved_spec(path: Path | str) -> ModelSpec:
+    """The spec of what `load` would load, without its weights. Raises `FormatError` as that does."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder; give the folder of a model or of a training run")
+    if (path / "run.json").exists():
+        where, about, key = path / "run.json", read_json(path / "run.json", "headwise-run", VERSION), "resolved_line"
+    elif (path / CONFIG).exists():
+        where, about, key = path / CONFIG, read_json(path / CONFIG, "headwise-model", VERSION), "line"
+    else:
+        raise FormatError(f"{path} holds neither a model (config.json) nor a training run (run.json)")
+    return _parsed(_text(about, key, where), where)
+
+
+def _parsed(line: str, where: Path) -> ModelSpec:
+    try:
+        return parse(line)
+    except SpecError as error:
+        raise FormatError(f"{where}: its line cannot be read by this headwise: {error}") from None
 
 
 def _model(path: Path) -> tuple[str, dict[str, Tensor], Path]:

@@ -62,6 +62,8 @@ class CompareSettings(TrainSettings):
         for fields, text in super().contradictions():
             if not (self.lr_grid and "lr" in fields):
                 yield fields, text
+        if self.init_from is not None:
+            yield ("init_from",), "init_from: a comparison trains every line from its own start; use `headwise train`"
         seeds = self.seed_list
         if not seeds:
             yield ("seeds", "seed"), f"seeds: given {self.seeds!r}, at least one is needed; 6 is usual"

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headwise.errors import SettingsError
+from headwise.io.pretrained import saved_spec
 from headwise.spec import ModelSpec, parse
 from headwise.train.allocator import kept_memory
 from headwise.train.objective import vocab_needed
@@ -44,11 +45,16 @@ def resolve_device(name: str) -> torch.device:
 def pinned(settings: TrainSettings) -> TrainSettings:
     """The settings with what they leave to the surroundings written down, so that a run resumes the same anywhere:
     files as absolute paths, and the number of threads, which decides the order of sums."""
-    files = {
+    files: dict[str, Any] = {
         name: str(Path(value).absolute())
         for name in ("data", "tokenizer")
         if (value := getattr(settings, name)) not in ("shakespeare", "char", "byte", "bpe") and Path(value).exists()
     }
+    if settings.init_from is not None:
+        files["init_from"] = settings.init_from.absolute()
+        tokenizer = files["init_from"] / "tokenizer"
+        if "tokenizer" not in settings.model_fields_set and tokenizer.exists():
+            files["tokenizer"] = str(tokenizer)
     return settings.model_copy(update={**files, "threads": settings.threads or torch.get_num_threads()})
 
 
@@ -77,6 +83,11 @@ def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | N
         raise SettingsError(
             f"seq_len: {settings.seq_len} is more than the line's max_seq_len={spec.dims.max_seq_len}; "
             f"choose at most {spec.dims.max_seq_len}"
+        )
+    if settings.init_from is not None and (held := saved_spec(settings.init_from)) != spec:
+        raise SettingsError(
+            f"init_from: {settings.init_from} holds {str(held)!r}, not the line to be trained, {str(spec)!r}; "
+            f"train the line that it holds, or put other mechanisms in with `headwise swap`"
         )
     return Job(with_last_tau(spec, settings), settings, dataset, device)
 

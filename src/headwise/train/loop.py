@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from headwise.errors import DataError, Interrupted, SettingsError, TrainingError, together
 from headwise.io.atomic import WriteError, write_json
 from headwise.io.checkpoint import Checkpoint, load_newest, save_checkpoint
+from headwise.io.pretrained import load
 from headwise.spec import ModelSpec, parse
 from headwise.train.folder import RunFolder
 from headwise.train.guards import StopRequest, catch_signals
@@ -89,6 +92,8 @@ def train(
     job = prepare(spec, settings, dataset)
     with torch_state(settings, job.device):
         trainer = Trainer(job)
+        if settings.init_from is not None:  # here alone: who resumes has the weights of a checkpoint
+            trainer.model.load_state_dict(load(settings.init_from, dtype=torch.float32).state_dict())
         if folder is None:
             return _Run(trainer, str(spec), None).finish(on_progress, progress)
         folder.create(str(spec), job)
@@ -112,7 +117,8 @@ def resume(
     """
     folder = RunFolder(Path(out))
     about, settings = folder.read(), folder.settings()
-    job = prepare(about["resolved_line"], settings, dataset)
+    job = prepare(about["resolved_line"], settings.model_copy(update={"init_from": None}), dataset)
+    job = replace(job, settings=settings)
     if job.dataset.fingerprint != about["data"].get("fingerprint"):
         raise DataError(
             f"the data of the run in {out} have changed: {settings.data!r} with tokenizer {settings.tokenizer!r} has "

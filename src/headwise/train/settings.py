@@ -63,6 +63,9 @@ class TrainSettings(Settings):
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text, at its end, kept for validation")
     tokenizer: str = Field("char", description="char, byte, bpe, bpe:VOCAB or a folder with tokenizer.json")
     out: Path | None = Field(None, description="folder of the run; without one nothing is written")
+    init_from: Path | None = Field(
+        None, description="a saved model or run of the same line to start from, with its tokenizer unless one is given"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initial values, batch order and dropout")
     size: str | None = Field(None, description="parameters of a line without widths; default 1m on a CPU, 10m on a GPU")
     seq_len: int = Field(64, ge=2, description="tokens of one training sequence")
