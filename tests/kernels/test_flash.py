@@ -5,7 +5,6 @@ The interpreter runs each program of a kernel in Python on numpy, so sizes are s
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor
 from headwise.errors import HeadwiseError
 from headwise.kernels import flash
 from headwise.kernels.attention import naive as plain
+from headwise.kernels.attention import sdpa
 from headwise.kernels.flash import attention, available, fused, naive, online
 
 
@@ -182,17 +182,25 @@ def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient() -> None:
     assert all(x.isfinite().all() for x in (y, dq, dk, dv))
 
 
-def test_a_key_bias_of_minus_infinity_hides_the_key() -> None:
-    (q, k, v), settings = inputs({"T": 70, "S": 70, "causal": False, "dtype": torch.float32})
-    bias = torch.zeros(1, 1, 70)
-    bias[..., :40] = -torch.inf  # more than a whole tile of keys
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_key_bias_of_minus_infinity_hides_the_key(causal: bool) -> None:
+    """Hidden are more keys than a tile holds, and under the causal mask all that the first 100 queries could see: also
+    tiles that need no mask hold rows that see nothing.
+    """
+    (q, k, v), settings = inputs({"T": 150, "S": 150, "causal": causal, "dtype": torch.float32})
+    bias = torch.zeros(1, 1, 150)
+    bias[..., :100] = -torch.inf
     y, lse, dq, dk, dv, _ = run(attention, [q, k, v, bias], settings, torch.float32)
-    expected, sums = naive.attention(q, k[:, :, 40:], v[:, :, 40:], **settings)
-    torch.testing.assert_close(y.float(), expected, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(lse.float(), sums, atol=2e-6, rtol=1e-5)
-    assert not dk[:, :, :40].any()
-    assert not dv[:, :, :40].any()
+    seeing = slice(100, None) if causal else slice(None)
+    expected, sums = naive.attention(q[:, :, seeing], k[:, :, 100:], v[:, :, 100:], **settings)
+    torch.testing.assert_close(y[:, :, seeing].float(), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse[:, :, seeing].float(), sums, atol=2e-6, rtol=1e-5)
+    assert not dk[:, :, :100].any()
+    assert not dv[:, :, :100].any()
     assert dq.isfinite().all()
+    if causal:
+        assert not y[:, :, :100].any()
+        assert not dq[:, :, :100].any()
 
 
 def test_tiles_out_of_reach_are_not_loaded() -> None:
@@ -254,6 +262,26 @@ def test_a_processor_keeps_torchs_kernel() -> None:
     assert fused(q, q, q, scale=1.0, causal=True, window=3) is None
 
 
+@pytest.mark.parametrize("fields", [{"window": 11, "first": 3}, {"softcap": 2.0}, {"segments": True}, {}])
+def test_attention_goes_through_the_kernels_where_torch_has_none(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (q, k, v), settings = inputs({"T": 40, "S": 60, "H": 4, "K": 2, "dtype": torch.float32})
+    shared: dict[str, Any] = {"scale": settings["scale"], "sink_H": torch.tensor([0.7, -1.3, 0.0, 2.0]), **fields}
+    if fields.get("segments"):
+        keys = torch.arange(60).div(25, rounding_mode="floor")[None]
+        shared["segments"] = (keys[:, 20:], keys)
+    elsewhere = sdpa.attention(q, k, v, **shared)
+    monkeypatch.setattr(flash, "available", lambda q, v: True)  # as on a GPU
+    calls = []
+    monkeypatch.setattr(flash, "attention", lambda *a, **kw: calls.append(kw) or attention(*a, **kw))
+    here = sdpa.attention(q, k, v, **shared)
+    torch.testing.assert_close(here, elsewhere)
+    assert len(calls) == 1
+    sdpa.attention(q, k, v, **shared, attn_mask=torch.zeros(40, 60))
+    assert len(calls) == 1, "the kernels know no mask but their own"
+
+
 def test_a_learned_sink_takes_its_share_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "available", lambda q, v: True)  # as on a GPU
     (q, k, v), settings = inputs({"T": 40, "S": 60, "window": 11, "lead": 3, "dtype": torch.float32})
@@ -313,10 +341,12 @@ def test_kernels_become_code_for_hopper_without_a_gpu() -> None:
 
 
 def test_tanh_is_exact_to_a_few_units_in_the_last_place() -> None:
-    """A soft cap multiplies it by up to 50, so an absolute error near 0 would be that much larger."""
-    (q, k, v), settings = inputs({"T": 64, "S": 64, "E": 16, "K": 2, "dtype": torch.float32, "causal": False})
-    k = 1e-3 * k  # tiny scores: tanh(x) ≈ x
-    for cap in (50.0, 0.01):
-        _, lse = attention(q, k, v, **{**settings, "softcap": cap})
-        _, exact = naive.attention(q.double(), k.double(), v.double(), **{**settings, "softcap": cap})
-        assert rms(lse.double() - exact) <= 4e-7 * math.log(64), cap
+    """A soft cap multiplies it by up to 50, and an absolute error near 0 with it. A query that sees one key has that
+    key's score for the logarithm of its sum.
+    """
+    (q, k, v), settings = inputs({"T": 64, "S": 64, "E": 16, "window": 1, "dtype": torch.float32})
+    for size in (1e-3, 1.0, 100.0):
+        settings["softcap"] = 50.0
+        _, lse = attention(q, size * k, v, **settings)
+        _, exact = naive.attention(q.double(), (size * k).double(), v.double(), **settings)
+        assert rms(lse.double() - exact) <= 3e-7 * rms(exact), size

@@ -186,6 +186,17 @@ def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def source(file: str, name: str) -> str:
+    """A function of the package as its file has it, so that a page shows the code that runs."""
+    text = (ROOT / "src" / "headwise" / file).read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            code = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+            return f"```python\n{code}\n```\n"
+    raise MacroError(f"{file} has no function {name}")
+
+
 def refused(*lines: str) -> str:
     """What is said of lines that describe no architecture."""
     errors = []
@@ -224,5 +235,17 @@ def compared(name: str) -> str:
 
 MACROS: dict[str, Callable[..., str]] = {
     macro.__name__: macro
-    for macro in (measured, counts, presets, published, mechanisms, settings, refused, usage, commands, compared)
+    for macro in (
+        measured,
+        counts,
+        presets,
+        published,
+        mechanisms,
+        settings,
+        refused,
+        source,
+        usage,
+        commands,
+        compared,
+    )
 }

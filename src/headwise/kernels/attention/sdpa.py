@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from headwise.kernels import flash
 from headwise.kernels.attention import window as windows
 from headwise.kernels.attention.block import attend
 from headwise.kernels.segments import Keep
@@ -44,7 +45,8 @@ def attention(
     """As `naive.attention`, with the bias as factors ([H,T,n], [S,n]) or as a function of a range of rows ([H,rows,S]),
     `keep` as a function of a range of rows, and the `first` keys seen beside a window.
 
-    One call of the fused kernel where nothing but causality masks, and for a window (see `window.py`). Otherwise blocks
+    One call of the fused kernel where nothing but causality masks, and for a window (see `window.py`). On CUDA one
+    Triton kernel for windows, soft-caps, sinks and segments (see `flash`). Otherwise blocks
     of query rows, each with the keys it can reach, so a window costs O(T·window); a block's mask is made anew for
     the backward pass, so no T×S tensor is ever held.
 
@@ -58,6 +60,13 @@ def attention(
     if window is not None and window >= S:
         window = None
     biased = bias_factors is not None or (bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None)
+    if attn_mask is None and keep is None and not biased and not dropout:
+        y_BHTD = flash.fused(
+            q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal, window=window, lead=first, softcap=softcap,
+            sink_H=sink_H, segments=segments,
+        )  # fmt: skip
+        if y_BHTD is not None:
+            return y_BHTD
     plain = attn_mask is None and segments is None and keep is None and softcap is None and not biased
     if plain and window is None and (not causal or T == 1 or T == S):
         return attend(q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal and T > 1, sink_H=sink_H, dropout=dropout)
