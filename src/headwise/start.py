@@ -11,6 +11,7 @@ All sums run in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -173,6 +174,37 @@ def start_attention(new: nn.Module, old: nn.Module) -> str:
         return "anew: its projections have other shapes"
     missing = sorted({name.partition(".")[0] for name in new.state_dict()} - {n.partition(".")[0] for n in copied})
     return how + (f"; anew: {', '.join(missing)}" if missing else "")
+
+
+def fit_output(new: nn.Module, run: Callable[[], Tensor], wanted_BTC: Tensor) -> bool:
+    """Fit an attention's output projection to what it should give of whole sequences; whether that was kept.
+
+    Three quarters of the sequences are fitted to, and the fit is kept if it comes nearer on the rest.
+
+    Args:
+        new: an attention; left as it was where it has no `wo` of its own to fit.
+        run: its forward pass on the sequences, [B,T,C].
+        wanted_BTC: what should come of them.
+    """
+    wo, seen = getattr(new, "wo", None), []
+    if not isinstance(wo, nn.Linear) or wo.out_features != wanted_BTC.shape[-1] or len(wanted_BTC) < 4:
+        return False
+    hook = wo.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        found_BTC = run()
+    finally:
+        hook.remove()
+    if not seen:
+        return False
+    cut = 3 * len(wanted_BTC) // 4
+    hidden_BTF, rest_NF = seen[0], seen[0][cut:].flatten(0, 1).double()
+    weight, bias = least_squares(hidden_BTF[:cut].flatten(0, 1), wanted_BTC[:cut].flatten(0, 1), wo.bias is not None)
+    fitted_NC = rest_NF @ weight.T + (0 if bias is None else bias)
+    wanted_NC = wanted_BTC[cut:].flatten(0, 1)
+    if relative_error(fitted_NC, wanted_NC) > 0.99 * relative_error(found_BTC[cut:].flatten(0, 1), wanted_NC):
+        return False
+    fill(wo, weight, bias)
+    return True
 
 
 def bottleneck(left_DD: Tensor, right_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import headwise as hw
+from headwise.attention import Context
 from headwise.data import Dataset, load_dataset
 from headwise.errors import HeadwiseError
 from headwise.model.base import LanguageModel
 from headwise.model.surgery import layer_numbers, swap, swap_parts, swapped_spec
 from headwise.registry import FAMILIES
 from headwise.spec import parse
-from headwise.start import Start, bottleneck, latent, least_squares, lift, reduced_rank, turned_alike, vein_basis
+from headwise.start import (
+    Start,
+    bottleneck,
+    fit_output,
+    latent,
+    least_squares,
+    lift,
+    reduced_rank,
+    turned_alike,
+    vein_basis,
+)
 
 WIDTHS = "d_model=32, n_layers=3, n_heads=4, vocab_size=61, max_seq_len=64"
 
@@ -57,6 +68,8 @@ def same_logits(a: LanguageModel, b: LanguageModel, atol: float = 1e-5) -> None:
         (f"llama({WIDTHS}, attention=gqa(kv_heads=2))", {"attention": "softmax"}),  # repeated heads
         (f"llama({WIDTHS}, attention=mqa)", {"attention": "gqa(kv_heads=2)"}),
         (f"llama({WIDTHS})", {"attention": "window(64)"}),
+        (f"gpt2({WIDTHS})", {"attention": "gated"}),
+        (f"llama({WIDTHS})", {"attention": "gated(gate=headwise)", "layers": "0,2"}),
         (f"gpt2({WIDTHS})", {"ffn": "mlp(gelu_tanh, d_ff=200)"}),  # more neurons than before
         (f"llama({WIDTHS})", {"ffn": "moe(5, 2)"}),
         (f"llama({WIDTHS})", {"ffn": "moe(5, 2, d_ff=120, n_shared_experts=2)"}),
@@ -298,11 +311,28 @@ def _reset(model: LanguageModel, family: str) -> LanguageModel:
 
 
 def test_fitting_to_text_beats_fitting_to_noise(trained: LanguageModel, dataset: Dataset) -> None:
-    for ffn in ("vft(rank=6)", "mlp(relu, d_ff=32)"):
-        text, noise = (
-            loss(swap(trained, ffn=ffn, calibration=c), dataset) for c in (windows(dataset.train, 120)[:, :-1], None)
-        )
-        assert text < noise
+    text = windows(dataset.train, 120)[:, :-1]
+    for parts in ({"ffn": "vft(rank=6)"}, {"ffn": "mlp(relu, d_ff=32)"}, {"attention": "deltanet"}):
+        fitted, not_fitted = (loss(swap(trained, **parts, calibration=c), dataset) for c in (text, None))
+        assert fitted < not_fitted, parts
+
+
+@torch.no_grad()
+def test_an_output_map_is_fitted_where_that_helps_on_sequences_not_fitted_to() -> None:
+    old, new = (model_of(f"llama({WIDTHS})").stack.blocks[0].attention for _ in range(2))
+    new.wo.weight.normal_()
+    x = torch.randn(16, 40, 32)
+    wanted = old(x, context=Context(causal=True))[0]
+
+    def run() -> Tensor:
+        return new(x, context=Context(causal=True))[0]
+
+    assert fit_output(new, run, wanted)
+    torch.testing.assert_close(new.wo.weight, old.wo.weight, atol=1e-4, rtol=0)
+    assert not fit_output(new, run, wanted), "it is fitted already"
+    new.wo.weight.zero_()
+    assert not fit_output(new, run, torch.randn(16, 40, 32)), "nothing can be learnt of noise"
+    assert not new.wo.weight.any()
 
 
 # ---- the maths of low rank ----

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headwise.attention.base import Attention, ScoreSpec
 from headwise.dims import Dims
 from headwise.registry import register_attention
+from headwise.start import Start, fill, start_attention
 
 
 class GatedSpec(ScoreSpec):
@@ -44,6 +45,14 @@ class GatedAttention(Attention):
     def __init__(self, spec: GatedSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         self.wg = nn.Linear(dims.d_model, spec.gates(dims), bias=spec.has_bias(dims))
+
+    def start_from(self, old: nn.Module, start: Start) -> str:
+        """The projections, with every gate half open and the output twice as large: the same results."""
+        how = start_attention(self, old)
+        if not isinstance(old, GatedAttention):
+            fill(self.wg, torch.zeros_like(self.wg.weight))
+            self.wo.weight.mul_(2)
+        return how.removesuffix("; anew: wg")
 
     def gate(self, y_BTF: Tensor, x_BTC: Tensor) -> Tensor:
         """Each output times the sigmoid of its gate, which is made of the query's token, in cross-attention too."""

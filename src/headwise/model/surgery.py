@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.attention import Context
 from headwise.attention.tva import TVA, TVASpec
 from headwise.errors import HeadwiseError, Problem, SpecError, short
 from headwise.model.base import LanguageModel, Stack
@@ -16,7 +17,7 @@ from headwise.model.build import build
 from headwise.registry import FAMILIES, ComponentSpec, Pattern
 from headwise.spec import ModelSpec
 from headwise.spec.grammar import print_value, read_value
-from headwise.start import Start, begin
+from headwise.start import Start, begin, fit_output, relative_error
 
 FAMILIES_SWAPPED = ("attention", "ffn")
 SAMPLES = 4096  # vectors of each layer that a start is fitted to
@@ -202,7 +203,7 @@ def _stacks(model: nn.Module) -> list[tuple[str, Stack]]:
 
 
 def _inputs(model: LanguageModel, calibration: Tensor | None) -> dict[str, Tensor]:
-    """What each attention and feed-forward is given, [N,C], by its name."""
+    """What each attention and feed-forward is given, [B,T,C], by its name; noise is one sequence without order."""
     inputs: dict[str, Tensor] = {}
     hooks = []
     generator = torch.Generator().manual_seed(0)
@@ -213,13 +214,11 @@ def _inputs(model: LanguageModel, calibration: Tensor | None) -> dict[str, Tenso
                 if calibration is None:
                     norm = getattr(block, f"{family}_norm", block.attention_norm)
                     noise_NC = torch.randn(SAMPLES, model.spec.dims.d_model, generator=generator)
-                    inputs[name] = norm(noise_NC.to(model.embedding.weight))  # type: ignore[operator]
+                    inputs[name] = norm(noise_NC.to(model.embedding.weight))[None]  # type: ignore[operator]
                     continue
 
                 def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                    x_NC = args[0].flatten(0, -2)
-                    some = torch.randperm(len(x_NC), generator=generator)[:SAMPLES].to(x_NC.device)
-                    inputs[name] = x_NC[some]
+                    inputs[name] = args[0]
 
                 hooks.append(getattr(block, family).register_forward_pre_hook(keep))
     if calibration is not None:
@@ -235,6 +234,33 @@ def _inputs(model: LanguageModel, calibration: Tensor | None) -> dict[str, Tenso
     return inputs
 
 
+def _sample(x_BTC: Tensor) -> Tensor:
+    """At most `SAMPLES` of the vectors, [N,C]."""
+    x_NC = x_BTC.flatten(0, -2)
+    return x_NC[torch.randperm(len(x_NC), generator=torch.Generator().manual_seed(0))[:SAMPLES].to(x_NC.device)]
+
+
+def _fit(new: Stack, old: Stack, layer: int, x_BTC: Tensor) -> bool:
+    """Fit the output map of a layer's new attention to the old one's results; whether that was kept."""
+
+    def run(stack: Stack) -> Tensor:
+        attention: Any = stack.blocks[layer].attention
+        T, codes = x_BTC.shape[1], list(stack.positions)
+        code: Any = codes[layer % len(codes)]
+        encoding = code.encode(torch.arange(T, device=x_BTC.device), T, stack.rotary_dims[layer])
+        training = attention.training
+        try:
+            y_BTC, _ = attention.eval()(x_BTC, context=Context(causal=stack.causal, encoding=encoding))
+        finally:
+            attention.train(training)
+        return y_BTC
+
+    wanted_BTC = run(old)
+    if relative_error(run(new), wanted_BTC) < 1e-4:
+        return False
+    return fit_output(new.blocks[layer].attention, lambda: run(new), wanted_BTC)  # type: ignore[arg-type]
+
+
 def _fill(new: LanguageModel, old: LanguageModel, inputs: dict[str, Tensor]) -> list[tuple[int, str, str]]:
     """Copy what stays and start what is new; (layer, family, how) of the latter."""
     replaced: dict[str, tuple[int, str, str]] = {}
@@ -246,8 +272,11 @@ def _fill(new: LanguageModel, old: LanguageModel, inputs: dict[str, Tensor]) -> 
                 if part is None or _same(new.spec, old.spec, family, layer):
                     continue
                 name = f"{stack_name}.blocks.{layer}.{family}"
-                x_NC = inputs.get(name, inputs[f"{stack_name}.blocks.{layer}.attention"])
-                replaced[name] = (layer, family, begin(part, old_part, Start(x_NC, **position)))
+                x_BTC = inputs.get(name, inputs[f"{stack_name}.blocks.{layer}.attention"])
+                how = begin(part, old_part, Start(_sample(x_BTC), **position))
+                if family == "attention" and len(x_BTC) > 1 and _fit(stack, before, layer, x_BTC):
+                    how += "; output map fitted"
+                replaced[name] = (layer, family, how)
     source, own = old.state_dict(), new.state_dict()
     for name, tensor in own.items():
         if not any(name.startswith(f"{part}.") for part in replaced):
