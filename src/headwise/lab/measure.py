@@ -18,9 +18,11 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.lab.timing import resident_peak
-from headwise.train.job import prepare, torch_state
+from headwise.spec import parse
+from headwise.train.job import Job, prepare, torch_state
 from headwise.train.settings import TrainSettings
 from headwise.train.trainer import Trainer
+from headwise.train.vein import fitting
 
 if TYPE_CHECKING:
     from headwise.data import Dataset
@@ -62,7 +64,7 @@ class _Timed:
         self.train: list[float] = []
         self.decode: list[float] = []
         self._settings = settings
-        self._job = prepare(line, settings, dataset)
+        self._job = _job(line, settings, dataset)
         with torch_state(settings, self._job.device):
             self.trainer = Trainer(self._job)
         self._prompt = [int(i) for i in dataset.train.array[: max(1, settings.seq_len // 2)]]
@@ -117,7 +119,7 @@ def peak_memory(line: str, settings: TrainSettings, dataset: Dataset) -> float:
 
     On a GPU torch's allocated memory, on a CPU the resident memory beyond what the process held before.
     """
-    job = prepare(line, settings, dataset)
+    job = _job(line, settings, dataset)
     with torch_state(settings, job.device):
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
@@ -125,10 +127,15 @@ def peak_memory(line: str, settings: TrainSettings, dataset: Dataset) -> float:
             _two_steps(Trainer(job))
             return torch.cuda.max_memory_allocated(job.device) - before
         # The libraries' own buffers and code pages, which the first step of any model brings in, are no model's cost.
-        _two_steps(Trainer(prepare("gpt2(d_model=32, n_layers=1, n_heads=2)", settings, dataset)))
+        _two_steps(Trainer(_job("gpt2(d_model=32, n_layers=1, n_heads=2)", settings, dataset)))
         before = resident_peak(reset=True)
         _two_steps(Trainer(job))
         return resident_peak() - before
+
+
+def _job(line: str, settings: TrainSettings, dataset: Dataset) -> Job:
+    spec = parse(line)
+    return prepare(spec, fitting(settings, spec), dataset)
 
 
 def _two_steps(trainer: Trainer) -> None:

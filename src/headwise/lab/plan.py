@@ -17,7 +17,7 @@ from headwise.model import build
 from headwise.spec import ModelSpec, count, parse
 from headwise.train.job import prepare, resolve_device
 from headwise.train.optim import lr_factors
-from headwise.train.vein import vein_factors
+from headwise.train.vein import fitting, unused_by_all
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class Plan:
     def train_task(self, index: int, seed: int, lr: float, out: Path) -> Task:
         """One training run of line `index`."""
         steps = self.variants[index].steps or self.settings.steps
-        settings = self.settings.for_run(seed, lr, steps, out, self.threads)
+        settings = fitting(self.settings.for_run(seed, lr, steps, out, self.threads), self.specs[index])
         payload = {"line": self.variants[index].resolved, "settings": settings.model_dump(mode="json")}
         return Task(f"{self.lines[index]}, seed {seed}", "train", payload)
 
@@ -115,7 +115,9 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
     dataset = load_dataset(
         settings.data, settings.tokenizer, text_column=settings.text_column, val_fraction=settings.val_fraction
     )
-    resolved = read_all(parsed, lambda line: prepare(line, settings, dataset).spec)
+    if unused := unused_by_all(settings, parsed):
+        raise SettingsError(unused)
+    resolved = read_all(parsed, lambda line: prepare(line, fitting(settings, line), dataset).spec)
     matches = [match(spec, resolved[0], settings.match, settings.seq_len) for spec in resolved]
     read_all([each.spec for each in matches], lambda spec: _check_buildable(spec, settings))
     texts = [str(line) for line in lines]
@@ -182,7 +184,6 @@ def _check_buildable(spec: ModelSpec, settings: CompareSettings) -> None:
     except Exception as error:  # a third party's mechanism may fail in any way
         raise SpecError(f"cannot be built: {type(error).__name__}: {error}") from error
     lr_factors((name for name, _ in model.named_parameters()), settings.lr_multipliers)
-    vein_factors(model, settings)
 
 
 def settings_json(settings: CompareSettings) -> dict[str, Any]:

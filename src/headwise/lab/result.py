@@ -80,7 +80,9 @@ class RunRecord(_Model):
     bits_per_byte: float | None = None
     train_curve: Series = Series()
     val_curve: Series = Series()
-    eps: dict[str, Series] = Field({}, description="mean ε of each vein, by its module's name; values stand in `loss`")
+    eps: dict[str, Series] = Field(
+        default_factory=dict, description="mean ε of each vein, by its module's name; values stand in `loss`"
+    )
     seconds: float | None = None
     error: str | None = None
 
@@ -176,7 +178,9 @@ class Curve(_Model):
     seed: int
     train: Series
     val: Series
-    eps: dict[str, Series] = Field({}, description="mean ε of each vein, by its module's name; values stand in `loss`")
+    eps: dict[str, Series] = Field(
+        default_factory=dict, description="mean ε of each vein, by its module's name; values stand in `loss`"
+    )
 
 
 class FailedRun(_Model):

@@ -5,10 +5,12 @@ All three are pure functions of the update's number, so a resumed run needs no s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from headwise.errors import SettingsError
 from headwise.ffn.vft import NormalCompensator, VFTSpec
+from headwise.model import build
 from headwise.registry import ComponentSpec, Pattern
 from headwise.spec import ModelSpec
 from headwise.train.settings import TrainSettings
@@ -16,6 +18,9 @@ from headwise.vein import vein_parameters
 
 if TYPE_CHECKING:
     from torch import nn
+
+S = TypeVar("S", bound=TrainSettings)
+VEIN_SETTINGS = ("vein_lr", "vein_freeze")
 
 
 def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
@@ -28,7 +33,7 @@ def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
     if not settings.tau_schedule:
         return spec
     items = spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
-    if not any(isinstance(item, VFTSpec) and item.s_normals for item in items):
+    if not _compensates(spec):
         raise SettingsError(
             f"tau_schedule: {str(spec)!r} has no normal compensation whose τ could change; "
             f"give its feed-forward one, as vft(s_normals=1), or leave tau_schedule out"
@@ -42,6 +47,33 @@ def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
     return spec.replace(ffn=at_the_end(spec.ffn))
 
 
+def _compensates(spec: ModelSpec) -> bool:
+    items = spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
+    return any(isinstance(item, VFTSpec) and item.s_normals for item in items)
+
+
+def fitting(settings: S, spec: ModelSpec) -> S:
+    """The settings without those of a vein, or of its τ, where `spec` has none: for lines that are trained side by
+    side.
+    """
+    asked = [name for name in (*VEIN_SETTINGS, "tau_schedule") if getattr(settings, name)]
+    unused = [name for name in asked if name == "tau_schedule" and not _compensates(spec)]
+    of_vein = [name for name in asked if name in VEIN_SETTINGS]
+    if of_vein and not vein_parameters(build(spec, device="meta")):
+        unused += of_vein
+    return settings.model_copy(update={name: type(settings).model_fields[name].get_default() for name in unused})
+
+
+def unused_by_all(settings: TrainSettings, specs: Sequence[ModelSpec]) -> list[str]:
+    """What `settings` ask of a vein that none of the lines has, in words; empty where all of it is of use."""
+    left = [fitting(settings, spec) for spec in specs]
+    return [
+        f"{name}: none of the lines has a {'normal compensation' if name == 'tau_schedule' else 'vein'} to use it on"
+        for name in (*VEIN_SETTINGS, "tau_schedule")
+        if getattr(settings, name) and not any(getattr(each, name) for each in left)
+    ]
+
+
 def vein_factors(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
     """The learning-rate factor of each of the vein's parameters, by name; empty where the settings name none.
 
@@ -49,7 +81,7 @@ def vein_factors(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
         SettingsError: `vein_lr` or `vein_freeze` for a model without a vein.
     """
     names = list(vein_parameters(model))
-    for setting in ("vein_lr", "vein_freeze"):
+    for setting in VEIN_SETTINGS:
         if getattr(settings, setting) and not names:
             raise SettingsError(
                 f"{setting}: this model has no vein; leave {setting} out, or use a mechanism that has one, "
