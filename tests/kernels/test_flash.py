@@ -156,7 +156,7 @@ def test_kernels_err_no_more_than_the_definition_in_half_precision(name: str, dt
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_block_in_which_all_is_masked_leaves_no_trace(causal: bool) -> None:
-    """Keys come in tiles of 32, queries in tiles of 64. The rows of the last segment see nothing of the first tiles,
+    """Tiles are 32 by 32. The rows of the last segment see nothing of the first tiles,
     which are loaded for the rows of the segment before: an unguarded running maximum of −∞ makes them NaN.
     """
     (q, k, v), settings = inputs({"T": 150, "S": 150, "causal": causal, "dtype": torch.float32})

@@ -78,4 +78,4 @@ def test_the_models_part_runs_the_lines_of_the_suite(tmp_path: Path) -> None:
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     done = gpu_check("--interpret", "--only", "kernels", "--minutes", "0", "--out", str(tmp_path))
     assert done.returncode == 0
-    assert "not run: kernels: causal, float32: out of time" in done.stdout
+    assert "not run: kernels: causal, bfloat16: out of time" in done.stdout
