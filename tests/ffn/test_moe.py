@@ -115,7 +115,11 @@ def test_losses_and_metrics_are_of_training_only_and_reach_the_trainer() -> None
     assert all(block.ffn.router.weight.grad.abs().sum() > 0 for block in model.stack.blocks)
     model.eval()(ids)
     assert model.aux_loss() is None
-    assert model.metrics() == {}
+    assert model.metrics() == metrics, "a record is written after the evaluation"
+    run = hw.train(
+        model.spec, steps=2, seq_len=8, batch_size=2, threads=1, log_every=1, val_fraction=0.01, progress=False
+    )
+    assert all(record["stack.blocks.1.ffn.load_max"] >= 1 for record in run.history)
 
 
 @settings(max_examples=40)

@@ -157,8 +157,9 @@ class MoE(nn.Module):
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of every token, int64 [N,k], and their weights [N,k], in float32 or wider.
 
-        While training it also leaves `aux_loss` and `metrics`: `load_max` is the largest expert's share over the mean
-        one (1: balanced), `router_entropy` the mean entropy of p in nats (log E: undecided).
+        While training it also leaves `aux_loss`, and `metrics` that stand until the next training pass: `load_max` is the
+        largest expert's share over the mean one (1: balanced), `router_entropy` the mean entropy of p in nats (log E:
+        undecided).
         """
         # Half precision would turn near ties of the scores into ties.
         wide = torch.promote_types(x_NC.dtype, torch.float32)
@@ -166,7 +167,7 @@ class MoE(nn.Module):
             scores_NE = F.linear(x_NC.to(wide), self.router.weight.to(wide))
         probs_NE = scores_NE.softmax(-1)
         weights_Nk, index_Nk = probs_NE.topk(self.spec.top_k, dim=-1)
-        self.aux_loss, self.metrics = None, {}
+        self.aux_loss = None
         if self.training:
             self.aux_loss = self._balance(probs_NE, index_Nk) + self._z_loss(scores_NE)
         if self.spec.norm_topk_prob:
