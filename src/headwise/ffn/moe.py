@@ -157,9 +157,9 @@ class MoE(nn.Module):
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of every token, int64 [N,k], and their weights [N,k], in float32 or wider.
 
-        While training it also leaves `aux_loss`, and `metrics` that stand until the next training pass: `load_max` is
-        the largest expert's share over the mean one (1: balanced), `router_entropy` the mean entropy of p in nats (log E:
-        undecided).
+        While training it also leaves `aux_loss`, and `metrics` that stand until the next training pass. `load_max` is
+        the largest expert's share over the mean one (1: balanced), `router_entropy` the mean entropy of p in nats
+        (log E: undecided).
         """
         # Half precision would turn near ties of the scores into ties.
         wide = torch.promote_types(x_NC.dtype, torch.float32)
