@@ -144,13 +144,15 @@ def test_checkpointing_compiling_and_autocast_give_the_same_loss(line: str) -> N
     model.activation_checkpointing = True
     torch.testing.assert_close(loss_and_grads(model), (loss, grads), atol=1e-7, rtol=1e-6)
     model.activation_checkpointing = False
-    torch._dynamo.reset()
-    # aot_eager traces and differentiates as inductor does, without the minutes of C++ compilation.
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(loss_and_grads(model, compiled), (loss, grads), atol=1e-6, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         half, _ = loss_and_grads(model)
     torch.testing.assert_close(half, loss, atol=0.03, rtol=0.03)
+    torch._dynamo.reset()
+    # aot_eager traces and differentiates as inductor does, without the minutes of C++ compilation. Layers that are
+    # alike are traced alike: one is enough, and takes half the time.
+    model = model_of(line if "pattern(" in line else line.replace("n_layers=2", "n_layers=1")).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_grads(model, compiled), loss_and_grads(model), atol=1e-6, rtol=1e-5)
 
 
 def test_counts_equal_the_built_modules(line: str) -> None:

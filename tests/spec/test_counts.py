@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headwise import kernels
 from headwise.attention import AttentionSpec
 from headwise.errors import SpecError
+from headwise.ffn.moe import MoESpec
 from headwise.kernels.attention.naive import visible
 from headwise.model import build
 from headwise.registry import FAMILIES
@@ -119,9 +120,11 @@ def measured_flops(spec: ModelSpec, T: int, *, train: bool) -> int:
 
 
 def masked_flops(spec: ModelSpec, T: int) -> float:
-    """FLOPs of the scores that no mask lets through, which torch counts and we do not.
+    """FLOPs of what the readable forms compute and throw away, which torch counts and we do not: the scores that no
+    mask lets through, and the experts that a token did not choose.
 
-    A count is a + b·(keys seen), with b the cost of one score; what it is without the causal mask tells b.
+    A count is a + b·(keys seen), with b the cost of one score; what it is without the causal mask tells b. Recurrences
+    form no scores.
     """
     total = 0.0
     stacks = [(spec.n_layers or 0, spec.causal)]
@@ -133,7 +136,13 @@ def masked_flops(spec: ModelSpec, T: int) -> float:
             assert isinstance(attention, AttentionSpec)
             seen = [attention.keys_seen(T, causal=c) for c in (False, True)]
             flops = [attention.flops_per_token(spec.dims, T, causal=c) for c in (False, True)]
-            total += T * (flops[0] - flops[1]) / (seen[0] - seen[1]) * (T - seen[causal])
+            if seen[0] != seen[1]:
+                total += T * (flops[0] - flops[1]) / (seen[0] - seen[1]) * (T - seen[causal])
+            ffn = spec.ffn.at(layer)
+            if isinstance(ffn, MoESpec):
+                everyone = ffn.model_copy(update={"top_k": ffn.n_experts})
+                chosen = ffn.flops_per_token(spec.dims, T, causal=causal)
+                total += T * (everyone.flops_per_token(spec.dims, T, causal=causal) - chosen)
     return total
 
 

@@ -198,7 +198,7 @@ def test_a_folder_in_use_is_refused_with_the_way_out(dataset: Dataset, tmp_path:
         ("gpt2(d_model=16, n_layers=1, n_heads=2, vocab_size=10)", {}, "vocab_size: the line says 10"),
         ("gpt2(d_model=16, n_layers=1, n_heads=2, max_seq_len=8)", {}, "max_seq_len=8; choose at most 8"),
         (LINE, {"lr_multipliers": {"*.vein.*": 0.1}}, r"'\*\.vein\.\*' matches no parameter"),
-        (LINE, {"device": "abacus"}, "'abacus' is not on this machine"),
+        (LINE, {"device": "cuda:99"}, "'cuda:99' is not on this machine"),
         (LINE, {"leaning_rate": 1}, "unknown setting 'leaning_rate'"),
     ],
 )

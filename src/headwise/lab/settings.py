@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import NoDecode
+from pydantic_settings import CliSuppress, NoDecode
 
 from headwise.train.settings import TrainSettings
 
@@ -31,6 +31,7 @@ class CompareSettings(TrainSettings):
     """How architectures are compared. The settings of training hold for every run of every line."""
 
     out: Path | None = Field(None, description="folder of the comparison; a comparison begun there goes on")
+    init_from: CliSuppress[Path | None] = Field(None, description="not for a comparison")
     seeds: Annotated[int | tuple[int, ...], BeforeValidator(_number_or_list), NoDecode] = Field(
         6, description="how many seeds, or the seeds themselves, as 0,1,2; a claim needs at least 5"
     )
