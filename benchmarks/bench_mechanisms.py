@@ -24,6 +24,7 @@ from headwise.lab.bench.settings import BenchSettings
 from headwise.lab.stats import ratio_summary
 from headwise.lab.timing import kept_bytes
 from headwise.registry import POSITION
+from headwise.train.allocator import kept_memory
 
 ROUNDS = 9
 SLICE_SECONDS = 0.2
@@ -131,14 +132,15 @@ def main() -> None:
             case_of(bed, call, position)
     except HeadwiseError as error:
         raise SystemExit(f"error: nothing was measured: {' '.join(str(error).split())}") from None
-    figures: dict[str, Any] = {
-        "times_torchs_own": cores(bed),
-        "kept_for_backward": {
-            "w2": kept(bed, "w2", (512, 8192)),
-            NAIVE_W2: kept(bed, "w2", (256, 1024), naive=True),
-        },
-        "tva_layer": tva_layer(),
-    }
+    with kept_memory():  # as training has it
+        figures: dict[str, Any] = {
+            "times_torchs_own": cores(bed),
+            "kept_for_backward": {
+                "w2": kept(bed, "w2", (512, 8192)),
+                NAIVE_W2: kept(bed, "w2", (256, 1024), naive=True),
+            },
+            "tva_layer": tva_layer(),
+        }
     reached = {
         f"{name_of(call, position)} at {length}: at most {limit:.3g}x": (
             figures["times_torchs_own"][name_of(call, position)][str(length)]["ratio"] <= limit

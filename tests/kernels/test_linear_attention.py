@@ -236,6 +236,6 @@ def test_time_and_memory_grow_with_the_length(decay: str, resets: bool) -> None:
             y.sum().backward()
         return largest.numel, counter.get_total_flops()
 
-    (short, few), (long, many) = cost(512), cost(1024)
+    (short, few), (long, many) = cost(4096), cost(8192)  # whole groups of chunks
     assert long == 2 * short
     assert many <= 2 * few

@@ -35,7 +35,7 @@ class DeltaNetSpec(RecurrenceSpec):
     """A linear attention that overwrites what it holds under a key (the delta rule)."""
 
     kind: Literal["deltanet"] = "deltanet"
-    examples: ClassVar[tuple[str, ...]] = ("deltanet", "deltanet(kv_heads=2)", "deltanet(head_dim=16, qk_norm=true)")
+    examples: ClassVar[tuple[str, ...]] = ("deltanet", "deltanet(kv_heads=2, head_dim=16, qk_norm=true)")
 
     def param_count(self, dims: Dims) -> int:
         _, K, D = self.heads(dims)

@@ -28,7 +28,7 @@ class RetentionSpec(RecurrenceSpec):
     """Linear attention with a fixed decay a head, a GroupNorm and a gate (RetNet)."""
 
     kind: Literal["retention"] = "retention"
-    examples: ClassVar[tuple[str, ...]] = ("retention", "retention(kv_heads=2)", "retention(head_dim=16, qk_norm=true)")
+    examples: ClassVar[tuple[str, ...]] = ("retention", "retention(kv_heads=2, head_dim=16, qk_norm=true)")
 
     def param_count(self, dims: Dims) -> int:
         H, _, D = self.heads(dims)

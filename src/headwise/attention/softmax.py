@@ -23,10 +23,8 @@ class SoftmaxSpec(ScoreSpec):
     kind: Literal["softmax"] = "softmax"
     examples: ClassVar[tuple[str, ...]] = (
         "softmax",
-        "gqa(kv_heads=2)",
         "mqa",
-        "softmax(head_dim=16, qk_norm=true)",
-        "softmax(softcap=5.0, sink=true)",
+        "softmax(head_dim=16, qk_norm=true, softcap=5.0)",
         "gqa(kv_heads=2, sink=true)",
     )
 

@@ -33,7 +33,6 @@ class WindowSpec(ScoreSpec):
     examples: ClassVar[tuple[str, ...]] = (
         "window(16)",
         "window(300, kv_heads=2)",
-        "window(40, sink_tokens=4)",
         "window(5, dilation=11, sink=true)",
         "window(70, sink_tokens=3, softcap=5.0, kv_heads=1)",
     )

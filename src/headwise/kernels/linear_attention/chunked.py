@@ -22,6 +22,7 @@ from headwise.kernels.chunks import causal_part, decays, grouped, over_chunks, r
 CHUNK = 64  # fastest of 32, 64, 128, 256 at 64 dimensions a head: states and scores cost alike
 VECTOR_CHUNK = 16
 FLOOR = -5.0
+GROUP = 64  # chunks whose states are summed at once
 
 
 def chunked(
@@ -91,15 +92,22 @@ def _by_dimension(
 def handed_on(added_BKNED: Tensor, carry: Tensor | None, state_BKED: Tensor | None) -> tuple[Tensor, Tensor]:
     """S_{n+1} = carry_n S_n + added_n: the state before every chunk [B,K,N,E,D], and the last one [B,K,E,D].
 
-    Without decay it would be a `cumsum`, whose gradient turns the tensor round twice: the loop is faster.
+    Without decay these are sums over the chunks before, made by one product with a triangle of ones for `GROUP` chunks
+    at a time: `cumsum` is slower, for its gradient turns the tensor round twice, and so is a loop.
     """
     state = torch.zeros_like(added_BKNED[:, :, 0]) if state_BKED is None else state_BKED
-    N = added_BKNED.shape[2]
-    factors = [None] * N if carry is None else carry.expand(*carry.shape[:2], N, -1, -1).unbind(2)
+    N, shape = added_BKNED.shape[2], added_BKNED.shape[3:]
     states = []
-    for factor, added in zip(factors, added_BKNED.unbind(2)):
+    if carry is None:
+        for added in added_BKNED.split(GROUP, 2):
+            below = torch.ones(added.shape[2], added.shape[2], dtype=added.dtype, device=added.device).tril(-1)
+            before = (below @ added.flatten(3)).unflatten(3, shape)
+            states.append(before if state_BKED is None and not states else before + state[:, :, None])
+            state = states[-1][:, :, -1] + added[:, :, -1]
+        return torch.cat(states, 2) if len(states) > 1 else states[0], state
+    for factor, added in zip(carry.expand(*carry.shape[:2], N, -1, -1).unbind(2), added_BKNED.unbind(2)):
         states.append(state)
-        state = state + added if factor is None else torch.addcmul(added, factor, state)
+        state = torch.addcmul(added, factor, state)
     return torch.stack(states, 2), state
 
 
