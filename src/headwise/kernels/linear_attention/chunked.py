@@ -97,7 +97,7 @@ def handed_on(added_BKNED: Tensor, carry: Tensor | None, state_BKED: Tensor | No
     """
     state = torch.zeros_like(added_BKNED[:, :, 0]) if state_BKED is None else state_BKED
     N, shape = added_BKNED.shape[2], added_BKNED.shape[3:]
-    states = []
+    states: list[Tensor] = []
     if carry is None:
         for added in added_BKNED.split(GROUP, 2):
             below = torch.ones(added.shape[2], added.shape[2], dtype=added.dtype, device=added.device).tril(-1)
