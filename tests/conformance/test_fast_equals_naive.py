@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise import kernels
 
 LENGTHS = [1, 2, 97, 257, 1025]
-FEW, DRAWS = 2, 5
+FEW, DRAWS = 2, 3
 
 
 def run(line: str, T: int, dtype: torch.dtype, *, naive: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
