@@ -72,7 +72,7 @@ def values(name: str, annotation: Any, metadata: list[Any], small: bool) -> st.S
         return st.floats(low, high, exclude_min=open_low, exclude_max=open_high, allow_nan=False)
     if annotation is str:
         return st.text(max_size=8)
-    raise NotImplementedError(f"no random values for {name}: {annotation}; add them to made_specs.py")
+    raise TypeError(f"no random values for {name}: {annotation}; add them to made_specs.py")
 
 
 def _is_low(m: Any) -> bool:

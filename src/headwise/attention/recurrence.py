@@ -7,6 +7,7 @@ half. A segment is a run of equal numbers: the state starts anew wherever the nu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class RecurrenceSpec(AttentionSpec):
         return self.heads(dims)[1] * rows * columns
 
 
-class Recurrence(Attention):
+class Recurrence(Attention, ABC):
     """Projections around a mechanism's `recur`."""
 
     spec: RecurrenceSpec
@@ -122,6 +123,7 @@ class Recurrence(Attention):
         """What the recurrence needs of the tokens besides queries, keys and values, [B,K,T,…] each."""
         return ()
 
+    @abstractmethod
     def recur(
         self,
         q_BHTE: Tensor,
@@ -132,7 +134,6 @@ class Recurrence(Attention):
         state_BKED: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The tokens' outputs [B,H,T,D], each of what is up to it, and the state after the last [B,K,E,D]."""
-        raise NotImplementedError
 
     def both_ways(
         self,

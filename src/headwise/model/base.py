@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -82,7 +83,7 @@ class Stack(nn.Module):
         return self.final_norm(x_BTC)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """Token embeddings in, logits out; subclasses say what stands between.
 
     Attributes:
@@ -102,9 +103,9 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
         self.dropout = dims.dropout
 
+    @abstractmethod
     def new_cache(self) -> ModelCache:
         """An empty cache for decoding."""
-        raise NotImplementedError
 
     @property
     def activation_checkpointing(self) -> bool:
