@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headwise.kernels import naive_wanted
+
 
 class Reach(NamedTuple):
     """The four factors of every chunk, with batch and heads in front, broadcastable: [·,·,N,c,c], [·,·,N,c,1],
@@ -94,6 +96,26 @@ def causal_part(scores_BKNRc: Tensor, pair: Tensor | None, chunk: int) -> Tensor
     if pair is not None:
         return scaled(scores_BKNRc, pair, chunk)
     return scores_BKNRc.unflatten(3, (-1, chunk)).tril().flatten(3, 4)
+
+
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
+
+
+def by_what_suits(
+    recurrent: Recurrence, chunked: Recurrence, *xs: Tensor, dtype: torch.dtype, **more: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`recurrent` inside `kernels.naive()` and for one token, else `chunked`; in float32 at least, autocast or not.
+
+    Args:
+        xs: queries [B,H,T,E] and what else the recurrence has of the tokens.
+        dtype: of the first result; the second, a state, stays as wide as it was computed: it adds up over all tokens.
+        more: passed on as it is.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    form = recurrent if naive_wanted() or xs[0].shape[2] == 1 else chunked
+    with without_autocast(xs[0].device):
+        y_BHTD, state_BKED = form(*(x.to(wide) for x in xs), **more)
+    return y_BHTD.to(dtype), state_BKED
 
 
 Step = Callable[[tuple[Tensor, ...], Tensor | None, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]]

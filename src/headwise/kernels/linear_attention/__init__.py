@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headwise.kernels import naive_wanted
-from headwise.kernels.chunks import without_autocast
+from headwise.kernels.chunks import by_what_suits, without_autocast
 from headwise.kernels.linear_attention import chunked, naive
 from headwise.kernels.linear_attention.chunked import FLOOR
 
@@ -24,19 +24,13 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """`naive.recurrent` by the form that suits: token by token inside `kernels.naive()` and for one token, else chunks.
 
-    Computed in float32 at least, autocast or not: a state adds up over all tokens.
-
     Returns:
         y [B,H,T,D] in v's dtype, and the state after the last token [B,K,E,D] in float32 (float64 where v is).
     """
-    wide = torch.promote_types(v_BKTD.dtype, torch.float32)
-    form = naive.recurrent if naive_wanted() or q_BHTE.shape[2] == 1 else chunked.chunked
-    with without_autocast(q_BHTE.device):
-        y_BHTD, state_BKED = form(
-            q_BHTE.to(wide), k_BKTE.to(wide), v_BKTD.to(wide),
-            log_decay=log_decay, resets_BT=resets_BT, state_BKED=state_BKED,
-        )  # fmt: skip
-    return y_BHTD.to(v_BKTD.dtype), state_BKED
+    return by_what_suits(
+        naive.recurrent, chunked.chunked, q_BHTE, k_BKTE, v_BKTD, dtype=v_BKTD.dtype,
+        log_decay=log_decay, resets_BT=resets_BT, state_BKED=state_BKED,
+    )  # fmt: skip
 
 
 def bidirectional(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTD: Tensor, *, resets_BT: Tensor | None = None) -> Tensor:
