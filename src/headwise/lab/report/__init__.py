@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from headwise.lab import render
@@ -44,6 +44,37 @@ def build_report(result: CompareResult, out: str | Path) -> Path:
 
 def report_html(result: CompareResult) -> str:
     """The report as text; the same result always gives the same text."""
+    figures = {
+        "intervals": plots.interval_plot(result),
+        "losses": plots.loss_plot(result),
+        "gaps": plots.gap_plot(result),
+        "eps": plots.eps_plot(result),
+        "speed": plots.speed_plot(result),
+        "params": plots.params_plot(result),
+    }
+    return (
+        template("report.html.j2").render(
+            r=result,
+            baseline=result.variants[0],
+            variants=result.variants,
+            rivals=result.variants[1:],
+            figures={name: None if p is None else Markup(p.wide + p.narrow) for name, p in figures.items()},
+            parts=plots.parts_of(result),
+            n_part_colours=svg.N_SERIES + 2,
+            names=ENVIRONMENT_NAMES,
+            headline=_headline(result),
+            tally=_tally(result),
+            marks=render.MARKS,
+            phrase=lambda variant: render.phrase(result, variant),
+            series=svg.series_name,
+            dash=svg.dash_of,
+        )
+        + "\n"
+    )
+
+
+def template(name: str) -> Template:
+    """A template of this folder; a name that it does not know is an error, not an empty place."""
     environment = Environment(
         loader=PackageLoader("headwise.lab.report", "."),
         autoescape=True,
@@ -63,34 +94,7 @@ def report_html(result: CompareResult) -> str:
         setting=_setting,
         breakable=breakable,
     )
-    figures = {
-        "intervals": plots.interval_plot(result),
-        "losses": plots.loss_plot(result),
-        "gaps": plots.gap_plot(result),
-        "eps": plots.eps_plot(result),
-        "speed": plots.speed_plot(result),
-        "params": plots.params_plot(result),
-    }
-    template = environment.get_template("report.html.j2")
-    return (
-        template.render(
-            r=result,
-            baseline=result.variants[0],
-            variants=result.variants,
-            rivals=result.variants[1:],
-            figures={name: None if p is None else Markup(p.wide + p.narrow) for name, p in figures.items()},
-            parts=plots.parts_of(result),
-            n_part_colours=svg.N_SERIES + 2,
-            names=ENVIRONMENT_NAMES,
-            headline=_headline(result),
-            tally=_tally(result),
-            marks=render.MARKS,
-            phrase=lambda variant: render.phrase(result, variant),
-            series=svg.series_name,
-            dash=svg.dash_of,
-        )
-        + "\n"
-    )
+    return environment.get_template(name)
 
 
 def _headline(result: CompareResult) -> str:

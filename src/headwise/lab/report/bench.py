@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,23 +11,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from headwise.lab import render
 from headwise.lab.bench.result import BenchResult, Point, crossover_words
-from headwise.lab.report import ENVIRONMENT_NAMES, breakable, svg
+from headwise.lab.report import ENVIRONMENT_NAMES, svg, template
 
 FigureOf = Callable[[Point], float | None]
 
 
 def report_html(result: BenchResult) -> str:
     """The report as text; the same result always gives the same text."""
-    environment = Environment(
-        loader=PackageLoader("headwise.lab.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        quantity=render.quantity, ratio=render.ratio, duration=render.duration, breakable=breakable
-    )
     passes = "forward and backward" if result.settings["backward"] else "forward"
     figures = {
         "ratio": _plot(result, "ratio", _ratio, f"Time, {passes}, × torch’s own", "×"),
@@ -37,7 +26,7 @@ def report_html(result: BenchResult) -> str:
         "kept": _plot(result, "kept", lambda p: _positive(p.kept_bytes), "Bytes kept for the backward pass", "B"),
     }
     return (
-        environment.get_template("bench.html.j2").render(
+        template("bench.html.j2").render(
             r=result,
             passes=passes,
             headline=_headline(result),
