@@ -53,7 +53,7 @@ BY_NAME = {"__init__.py", "registry.py", "lab/worker.py"}
 # Files that hold no tensors and so must not cost torch's start.
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
 TORCH_FREE |= {"cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}
-TORCH_FREE |= {"generate/scheduler.py", "generate/block_manager.py"}
+TORCH_FREE |= {"generate/scheduler.py", "cache/__init__.py", "cache/block_manager.py"}
 MODEL_FILES = {"safetensors", "gguf", "pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle"}
 
 
@@ -245,7 +245,11 @@ def test_reading_and_building_lines_does_not_load_the_compile_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["headwise.errors", "headwise.dims", "headwise.registry", "headwise.train", "headwise.cli"]
+    "module",
+    [
+        *("headwise.errors", "headwise.dims", "headwise.registry", "headwise.train", "headwise.cli"),
+        "headwise.cache.block_manager",
+    ],
 )
 def test_light_modules_stay_light(module: str) -> None:
     assert "torch" not in loaded(f"import {module}")
