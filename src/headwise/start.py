@@ -127,7 +127,8 @@ class Heads:
 def heads_of(attention: nn.Module) -> Heads | None:
     """The heads of an attention with plain projections; None for another. A layer that folds is folded first.
 
-    A norm over each head's queries and keys cannot be kept by a linear map: its gains can, and are.
+    A norm over each head's queries and keys cannot be kept by a linear map: its gains can, and are. Another scale than
+    1/√D goes into the queries.
     """
     layer: Any = attention
     if getattr(getattr(layer, "spec", None), "vein", None) == "head":
@@ -151,6 +152,8 @@ def heads_of(attention: nn.Module) -> Heads | None:
         # The norm makes each head D long: its gain stands for the size, the map for the direction.
         gain_q, gain_k = layer.q_norm.weight.double(), layer.k_norm.weight.double()
         q, k, bq, bk = q * gain_q[:, None], k * gain_k[:, None], bq * gain_q, bk * gain_k
+    size = layer.scale * D**0.5
+    q, bq = q * size, bq * size
     out = wo.weight.double().unflatten(1, (H, D))
     return Heads(q, k, v, out, bq, bk, bv, out.new_zeros(len(out)) if wo.bias is None else wo.bias.double())
 
@@ -172,8 +175,17 @@ def start_attention(new: nn.Module, old: nn.Module) -> str:
     copied = copy_equal(new, source)
     if "wo.weight" not in copied:
         return "anew: its projections have other shapes"
+    _keep_scores(new, old)
     missing = sorted({name.partition(".")[0] for name in new.state_dict()} - {n.partition(".")[0] for n in copied})
     return how + (f"; anew: {', '.join(missing)}" if missing else "")
+
+
+def _keep_scores(new: Any, old: Any) -> None:
+    """Where two layers multiply q·k by different scales, put the difference into the queries taken over."""
+    if new.spec.takes_scale and old.spec.takes_scale and new.scale != old.scale:
+        queries = next(getattr(new, name) for name in ("wq_b", "q_norm", "wq") if hasattr(new, name))
+        for tensor in queries.parameters():
+            tensor.mul_(old.scale / new.scale)
 
 
 def fit_output(new: nn.Module, run: Callable[[], Tensor], wanted_BTC: Tensor) -> bool:

@@ -70,6 +70,9 @@ def same_logits(a: LanguageModel, b: LanguageModel, atol: float = 1e-5) -> None:
         (f"llama({WIDTHS})", {"attention": "window(64)"}),
         (f"gpt2({WIDTHS})", {"attention": "gated"}),
         (f"llama({WIDTHS})", {"attention": "gated(gate=headwise)", "layers": "0,2"}),
+        (f"gpt2({WIDTHS}, attention=gqa(kv_heads=2, scale=0.5))", {"attention": "gqa(kv_heads=2)"}),
+        (f"llama({WIDTHS}, attention=softmax(qk_norm=true))", {"attention": "window(64, qk_norm=true, scale=0.7)"}),
+        (f"llama({WIDTHS}, attention=mla(q_lora_rank=9))", {"attention": "mla(q_lora_rank=9, scale=0.1)"}),
         (f"gpt2({WIDTHS})", {"ffn": "mlp(gelu_tanh, d_ff=200)"}),  # more neurons than before
         (f"llama({WIDTHS})", {"ffn": "moe(5, 2)"}),
         (f"llama({WIDTHS})", {"ffn": "moe(5, 2, d_ff=120, n_shared_experts=2)"}),
@@ -93,7 +96,7 @@ def test_a_vein_as_wide_as_the_head_loses_nothing(position: str, attention: str)
     """Heads of 8 in a vein of 8, or of 16 with every pair at the frequency it had."""
     if position.startswith("rope") and "16" in attention:
         attention = attention.replace("16", "8")
-    model = jiggle(model_of(f"llama({WIDTHS}, position={position}, bias=true)"))
+    model = jiggle(model_of(f"llama({WIDTHS}, position={position}, bias=true, attention=softmax(scale=0.5))"))
     same_logits(model, swap(model, attention, calibration=ids(4, 64)))
 
 

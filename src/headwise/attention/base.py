@@ -26,14 +26,17 @@ from headwise.registry import ComponentSpec
 
 class AttentionSpec(ComponentSpec):
     """Fields of every attention: `kv_heads` (None: n_heads), `head_dim` (None: d_model / n_heads), `bias` and `dropout`
-    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3). `takes_bias` marks those with
-    scores that a position code may add to."""
+    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3), `scale` (what q·k is
+    multiplied by; None: 1/√ of the width of q). `takes_bias` marks those with scores that a position code may add to,
+    `takes_scale` those that multiply q·k by a scale."""
 
     takes_bias: ClassVar[bool] = True
+    takes_scale: ClassVar[bool] = True
     kv_heads: int | None = Field(None, gt=0)
     head_dim: int | None = Field(None, gt=0)
     bias: bool | None = None
     qk_norm: bool = False
+    scale: float | None = Field(None, gt=0)
     dropout: float | None = Field(None, ge=0, lt=1)
 
     def heads(self, dims: Dims) -> tuple[int, int, int]:
@@ -52,6 +55,10 @@ class AttentionSpec(ComponentSpec):
         """Whether the projections have biases."""
         return dims.bias if self.bias is None else self.bias
 
+    def scale_in_force(self, dims: Dims) -> float:
+        """What q·k is multiplied by."""
+        return self.key_dim(dims) ** -0.5 if self.scale is None else self.scale
+
     def check(self, dims: Dims) -> list[Problem]:
         problems = []
         if self.head_dim is None and dims.d_model % dims.n_heads:
@@ -63,6 +70,9 @@ class AttentionSpec(ComponentSpec):
             problems.append(
                 Problem("kv_heads", f"{self.kv_heads} does not divide n_heads={dims.n_heads}; allowed: {options}")
             )
+        if self.scale is not None and not self.takes_scale:
+            message = f"{self.scale} given, but {self.kind} does not multiply q·k by a scale; leave it out"
+            problems.append(Problem("scale", message))
         return problems
 
     def param_count(self, dims: Dims) -> int:
@@ -158,6 +168,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
         if spec.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(E), HeadNorm(E)
+        self.scale = spec.scale_in_force(dims)
         scores = spec if isinstance(spec, ScoreSpec) else None
         self.softcap = scores.softcap if scores else None
         self.register_parameter("sink", nn.Parameter(torch.zeros(H)) if scores and scores.sink else None)
@@ -250,7 +261,7 @@ class Attention(nn.Module):
             return self.fast(q_BHTD, k_BKSD, v_BKSD, context, attn_mask), None
         keep = keep_by(self.pattern, T, S, context.segments, q_BHTD.device)(0, T) if self.pattern else None
         y, weights = naive.attention(
-            q_BHTD, k_BKSD, v_BKSD, scale=q_BHTD.shape[-1] ** -0.5, causal=context.causal, window=self.window,
+            q_BHTD, k_BKSD, v_BKSD, scale=self.scale, causal=context.causal, window=self.window,
             keep=keep, softcap=self.softcap, sink_H=self.sink, bias_HTS=encoding.bias(q_BHTD, 0, T),
             segments=context.segments, attn_mask=attn_mask,
         )  # fmt: skip
@@ -271,7 +282,7 @@ class Attention(nn.Module):
     def scores(self, q_BHTE: Tensor, context: Context) -> dict[str, Any]:
         """How scores become weights, as the fast kernels take it."""
         return {
-            "scale": q_BHTE.shape[-1] ** -0.5,
+            "scale": self.scale,
             "causal": context.causal,
             "softcap": self.softcap,
             "sink_H": self.sink,

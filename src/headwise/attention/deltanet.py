@@ -34,6 +34,7 @@ START = 0.01  # softplus(d_h) at the start
 class DeltaNetSpec(RecurrenceSpec):
     """A linear attention that overwrites what it holds under a key (the delta rule)."""
 
+    takes_scale: ClassVar[bool] = False
     kind: Literal["deltanet"] = "deltanet"
     examples: ClassVar[tuple[str, ...]] = ("deltanet", "deltanet(kv_heads=2, head_dim=16, qk_norm=true)")
 

@@ -26,7 +26,7 @@ class GLASpec(RecurrenceSpec):
     """Linear attention whose every key dimension decays as the token says (gated linear attention)."""
 
     kind: Literal["gla"] = "gla"
-    examples: ClassVar[tuple[str, ...]] = ("gla", "gla(gate_rank=4, kv_heads=2)")
+    examples: ClassVar[tuple[str, ...]] = ("gla", "gla(gate_rank=4, kv_heads=2, scale=0.5)")
     gate_rank: int = Field(16, gt=0)
 
     def param_count(self, dims: Dims) -> int:
@@ -63,7 +63,7 @@ class GatedLinearAttention(Recurrence):
         resets_BT: Tensor | None,
         state_BKED: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        q_BHTE = q_BHTE * q_BHTE.shape[-1] ** -0.5
+        q_BHTE = q_BHTE * self.scale
         return linear_attention(q_BHTE, k_BKTE, v_BKTD, log_decay=gates[0], resets_BT=resets_BT, state_BKED=state_BKED)
 
     def read_out(self, y_BHTD: Tensor, x_BTC: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
 class LinearSpec(RecurrenceSpec):
     """Linear attention: features in place of softmax's exponential (elu, relu, softmax or taylor)."""
 
+    takes_scale: ClassVar[bool] = False
     kind: Literal["linear"] = "linear"
     positional: ClassVar[tuple[str, ...]] = ("feature_map",)
     examples: ClassVar[tuple[str, ...]] = (

@@ -48,7 +48,8 @@ class MLASpec(AttentionSpec):
     kind: Literal["mla"] = "mla"
     examples: ClassVar[tuple[str, ...]] = (
         "mla",
-        "mla(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=16, bias=true)",
+        "mla(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=16, bias=true, "
+        "scale=0.4)",
     )
     kv_lora_rank: int | None = Field(None, gt=0)
     q_lora_rank: int | None = Field(None, gt=0)
@@ -127,7 +128,7 @@ class MLAAttention(Attention):
         self.n_heads, self.kv_heads, self.head_dim = H, _, D = spec.heads(dims)
         self.latent_dim, self.nope_dim = spec.latent_dim(dims), spec.nope_dim(dims)
         self.rope_dim = spec.rotary_dim(dims)
-        self.scale = spec.key_dim(dims) ** -0.5
+        self.scale = spec.scale_in_force(dims)
         C, E, bias = dims.d_model, spec.key_dim(dims), spec.has_bias(dims)
         if spec.q_lora_rank is None:
             self.wq = nn.Linear(C, H * E, bias=False)
@@ -238,8 +239,7 @@ class MLAAttention(Attention):
         names = ("wq_HDC", "wk_KDC", "bq_HD", "bk_KD")
         rest = replace(heads, **{name: getattr(heads, name)[:, still] for name in names})
         rest = rest.resized(Start(start.inputs_NC), self.nope_dim, self.head_dim)
-        scale = ((self.nope_dim + self.rope_dim) / D) ** 0.5
-        q_MC = scale * torch.cat([rest.wq_HDC, turned_RD @ heads.wq_HDC], dim=1).flatten(0, 1)
+        q_MC = (D**-0.5 / self.scale) * torch.cat([rest.wq_HDC, turned_RD @ heads.wq_HDC], dim=1).flatten(0, 1)
         kv_MC = torch.cat([rest.wk_KDC, rest.wv_KDC], dim=1).flatten(0, 1)
         into_rC, back_Mr = latent(kv_MC, self.latent_dim, start)
         k_RC = self.wkv_a.weight[self.latent_dim :].to(into_rC)

@@ -63,7 +63,7 @@ class Retention(Recurrence):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(v_BKTD.dtype, torch.float32)
         log_decay = torch.tensor(self.log_decays, dtype=dtype, device=v_BKTD.device)[None, :, None]
-        q_BHTE = q_BHTE * q_BHTE.shape[-1] ** -0.5
+        q_BHTE = q_BHTE * self.scale
         return linear_attention(q_BHTE, k_BKTE, v_BKTD, log_decay=log_decay, resets_BT=resets_BT, state_BKED=state_BKED)
 
     def read_out(self, y_BHTD: Tensor, x_BTC: Tensor) -> Tensor:

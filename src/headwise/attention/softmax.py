@@ -24,7 +24,7 @@ class SoftmaxSpec(ScoreSpec):
     examples: ClassVar[tuple[str, ...]] = (
         "softmax",
         "mqa",
-        "softmax(head_dim=16, qk_norm=true, softcap=5.0)",
+        "softmax(head_dim=16, qk_norm=true, scale=0.4, softcap=5.0)",
         "gqa(kv_heads=2, sink=true)",
     )
 

@@ -50,7 +50,7 @@ class TVASpec(AttentionSpec):
     examples: ClassVar[tuple[str, ...]] = (
         "tva(rank=4)",
         "tva(rank=3, vein=model, qk_norm=true)",
-        "tva(rank=6, kv_heads=2, folded=true)",
+        "tva(rank=6, kv_heads=2, folded=true, scale=0.5)",
     )
     rank: int = Field(8, gt=0)
     vein: Literal["head", "model"] = "head"
@@ -220,7 +220,7 @@ class TVA(Attention):
         if max(before, self.kv_heads) % min(before, self.kv_heads):
             return None
         thin = heads.with_kv_heads(self.kv_heads).resized(start, rank, rank)
-        scale = (rank / heads.wq_HDC.shape[1]) ** 0.5  # products are divided by √r here, there by √D
+        scale = heads.wq_HDC.shape[1] ** -0.5 / self.scale  # products are divided by √D there
         weights, biases = [thin.wq_HDC * scale, thin.wk_KDC, thin.wv_KDC], [thin.bq_HD * scale, thin.bk_KD, thin.bv_KD]
         out_CHr, out_bias = thin.wo_CHD, thin.bo_C
         if self.vein is not None and self.spec.vein == "head":

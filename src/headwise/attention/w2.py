@@ -62,6 +62,7 @@ class W2Spec(AttentionSpec):
     its start.
     """
 
+    takes_scale: ClassVar[bool] = False
     kind: Literal["w2"] = "w2"
     examples: ClassVar[tuple[str, ...]] = (
         "w2",
