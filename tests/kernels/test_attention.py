@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from headwise import kernels
 from headwise.attention import Context
@@ -84,19 +83,6 @@ def test_fused_form_equals_the_naive_one_in_every_situation(case: dict[str, int]
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (actual, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-8)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most numbers that any tensor made inside it holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
 
 
 WIDTHS = "d_model=16, n_layers=1, n_heads=2, vocab_size=11, max_seq_len=2048"

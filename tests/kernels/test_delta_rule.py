@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from recurrent_inputs import assert_same, in_pieces, log_decays, qkv, random, random_resets, situations
 from torch import Tensor
 
 from headwise.kernels import delta_rule as kernel
@@ -18,31 +19,11 @@ from headwise.kernels.linear_attention import naive as linear
 DECAYS = ["none", "constant", "head"]
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def inputs(B: int, H: int, K: int, T: int, E: int = 4, D: int = 3) -> list[Tensor]:
     """Queries, unit keys, values, and step sizes of 0 … 1."""
-    q, k, v, beta = (random(B, *s, seed=n) for n, s in enumerate([(H, T, E), (K, T, E), (K, T, D), (K, T)]))
-    return [x.requires_grad_() for x in (q, F.normalize(k, dim=-1), v, (2 * beta).sigmoid())]
-
-
-def log_decays(kind: str, B: int, K: int, T: int) -> Tensor | None:
-    shapes = {"constant": (1, K, 1), "head": (B, K, T)}
-    return None if kind == "none" else (-4 * random(*shapes[kind], seed=5).sigmoid() ** 3).requires_grad_()
-
-
-def random_resets(B: int, T: int) -> Tensor:
-    return torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.05
-
-
-def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], leaves: list[Tensor]) -> None:
-    """Values, and gradients of a random weighting of all of them."""
-    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
-    weighed = [torch.stack([(y * random(*y.shape, seed=9)).sum() for y in each]).sum() for each in (ours, theirs)]
-    grads = [torch.autograd.grad(each, leaves, retain_graph=True) for each in weighed]
-    torch.testing.assert_close(*grads, atol=1e-8, rtol=1e-8)
+    q, k, v = (x.detach() for x in qkv(B, H, K, T, E, D))
+    beta = (2 * random(B, K, T, seed=3)).sigmoid()
+    return [x.requires_grad_() for x in (q, F.normalize(k, dim=-1), v, beta)]
 
 
 @given(st.integers(0, 30), st.floats(0, 1))
@@ -63,22 +44,7 @@ def test_with_keys_at_right_angles_it_is_linear_attention() -> None:
     torch.testing.assert_close(chunked.chunked(q, k, v, beta), expected)
 
 
-@st.composite
-def situations(draw: st.DrawFn) -> dict[str, Any]:
-    K = draw(st.integers(1, 2))
-    return {
-        "B": draw(st.integers(1, 2)),
-        "K": K,
-        "H": K * draw(st.integers(1, 3)),
-        "T": draw(st.sampled_from([1, 2, 5, 16, 17, 33, 64, 65, 100])),
-        "chunk": draw(st.sampled_from([1, 2, 16, 32, 64])),
-        "decay": draw(st.sampled_from(DECAYS)),
-        "resets": draw(st.booleans()),
-        "state": draw(st.booleans()),
-    }
-
-
-@given(situations())
+@given(situations(DECAYS, [1, 2, 16, 32, 64]))
 def test_both_forms_are_equal_in_every_situation(case: dict[str, Any]) -> None:
     B, H, K, T = (case[name] for name in "BHKT")
     leaves = inputs(B, H, K, T)
@@ -99,15 +65,8 @@ def test_a_text_in_two_pieces_is_the_text(decay: str, cut: int, resets: bool) ->
     xs = inputs(B, H, K, T)
     log_decay, starts = log_decays(decay, B, K, T), random_resets(B, T) if resets else None
     expected, last = chunked.chunked(*xs, log_decay=log_decay, resets_BT=starts)
-    state, ys = None, []
-    for piece in (slice(cut), slice(cut, T)):
-        steps = log_decay if log_decay is None or log_decay.shape[2] == 1 else log_decay[:, :, piece]
-        pieces = [x[:, :, piece] for x in xs]
-        own = starts[:, piece] if starts is not None else None
-        y, state = kernel.delta_rule(*pieces, log_decay=steps, state_BKED=state, resets_BT=own)
-        ys.append(y)
-    assert state is not None
-    torch.testing.assert_close((torch.cat(ys, 2), state), (expected, last), atol=1e-9, rtol=1e-9)
+    pieces = in_pieces(kernel.delta_rule, xs, cut, log_decay, starts)
+    torch.testing.assert_close(pieces, (expected, last), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("decay", DECAYS)

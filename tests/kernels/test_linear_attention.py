@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
+from recurrent_inputs import assert_same, in_pieces, log_decays, qkv, random, random_resets, situations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.kernels import linear_attention as kernel
@@ -20,39 +20,10 @@ from headwise.kernels.linear_attention import FLOOR, chunked, naive
 DECAYS = ["none", "constant", "head", "dimension"]
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def inputs(B: int, H: int, K: int, T: int, E: int = 4, D: int = 3) -> list[Tensor]:
-    shapes = [(B, H, T, E), (B, K, T, E), (B, K, T, D)]
-    return [random(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
-
-
-def log_decays(kind: str, B: int, K: int, T: int, E: int = 4) -> Tensor | None:
-    """Decays of all sizes: some tokens forget next to nothing, some nearly all."""
-    shapes = {"constant": (1, K, 1), "head": (B, K, T), "dimension": (B, K, T, E)}
-    if kind == "none":
-        return None
-    return (FLOOR * random(*shapes[kind], seed=5).sigmoid() ** 3).requires_grad_()
-
-
-def random_resets(B: int, T: int) -> Tensor:
-    return torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.05
-
-
-def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], leaves: list[Tensor]) -> None:
-    """Values, and gradients of a random weighting of all of them."""
-    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
-    weighed = [torch.stack([(y * random(*y.shape, seed=9)).sum() for y in each]).sum() for each in (ours, theirs)]
-    grads = [torch.autograd.grad(each, leaves, retain_graph=True) for each in weighed]
-    torch.testing.assert_close(*grads, atol=1e-8, rtol=1e-8)
-
-
 @pytest.mark.parametrize("decay", DECAYS)
 def test_the_definition_is_the_sum_written_out_in_python(decay: str) -> None:
     B, H, K, T, E, D = 1, 4, 2, 5, 4, 3
-    q, k, v = inputs(B, H, K, T)
+    q, k, v = qkv(B, H, K, T)
     log_decay = log_decays(decay, B, K, T)
     y, state = naive.recurrent(q, k, v, log_decay=log_decay)
     for h in range(H):
@@ -71,25 +42,10 @@ def test_the_definition_is_the_sum_written_out_in_python(decay: str) -> None:
     torch.testing.assert_close(q[0, 0, -1] @ state[0, 0], y[0, 0, -1])
 
 
-@st.composite
-def situations(draw: st.DrawFn) -> dict[str, Any]:
-    K = draw(st.integers(1, 2))
-    return {
-        "B": draw(st.integers(1, 2)),
-        "K": K,
-        "H": K * draw(st.integers(1, 3)),
-        "T": draw(st.sampled_from([1, 2, 5, 16, 17, 33, 64, 65, 100])),
-        "chunk": draw(st.sampled_from([1, 2, 16, 32, None])),
-        "decay": draw(st.sampled_from(DECAYS)),
-        "resets": draw(st.booleans()),
-        "state": draw(st.booleans()),
-    }
-
-
-@given(situations())
+@given(situations(DECAYS, [1, 2, 16, 32, None]))
 def test_all_forms_are_equal_in_every_situation(case: dict[str, Any]) -> None:
     B, H, K, T = (case[name] for name in "BHKT")
-    q, k, v = inputs(B, H, K, T)
+    q, k, v = qkv(B, H, K, T)
     decay = log_decays(case["decay"], B, K, T)
     state = random(B, K, 4, 3, seed=7).requires_grad_() if case["state"] else None
     resets = random_resets(B, T) if case["resets"] else None
@@ -106,7 +62,7 @@ def test_all_forms_are_equal_in_every_situation(case: dict[str, Any]) -> None:
 
 @given(st.sampled_from([1, 2, 17, 64, 65, 130]), st.booleans(), st.integers(1, 3))
 def test_the_bidirectional_sum_is_that_of_all_pairs(T: int, resets: bool, group: int) -> None:
-    q, k, v = leaves = inputs(2, 2 * group, 2, T)
+    q, k, v = leaves = qkv(2, 2 * group, 2, T)
     starts = random_resets(2, T) if resets else None
     expected, scores = naive.parallel(q, k, v, resets_BT=starts, causal=False)
     assert_same((kernel.bidirectional(q, k, v, resets_BT=starts),), (expected,), leaves)
@@ -118,25 +74,17 @@ def test_the_bidirectional_sum_is_that_of_all_pairs(T: int, resets: bool, group:
 @given(st.sampled_from(DECAYS), st.integers(1, 99), st.booleans())
 def test_a_text_in_two_pieces_is_the_text(decay: str, cut: int, resets: bool) -> None:
     B, H, K, T = 2, 2, 1, 100
-    q, k, v = inputs(B, H, K, T)
+    q, k, v = qkv(B, H, K, T)
     log_decay, starts = log_decays(decay, B, K, T), random_resets(B, T) if resets else None
     expected, last = chunked.chunked(q, k, v, log_decay=log_decay, resets_BT=starts)
-    state, ys = None, []
-    for piece in (slice(cut), slice(cut, T)):
-        steps = log_decay if log_decay is None or log_decay.shape[2] == 1 else log_decay[:, :, piece]
-        y, state = kernel.linear_attention(
-            q[:, :, piece], k[:, :, piece], v[:, :, piece], log_decay=steps, state_BKED=state,
-            resets_BT=starts[:, piece] if starts is not None else None,
-        )  # fmt: skip
-        ys.append(y)
-    assert state is not None
-    torch.testing.assert_close((torch.cat(ys, 2), state), (expected, last), atol=1e-9, rtol=1e-9)
+    pieces = in_pieces(kernel.linear_attention, [q, k, v], cut, log_decay, starts)
+    torch.testing.assert_close(pieces, (expected, last), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_nothing_passes_a_reset_not_even_a_bit(decay: str) -> None:
     B, H, K, T, start = 1, 2, 2, 200, 77
-    q, k, v = (x.detach().float() for x in inputs(B, H, K, T))
+    q, k, v = (x.detach().float() for x in qkv(B, H, K, T))
     log_decay = log_decays(decay, B, K, T)
     log_decay = log_decay.detach().float() if log_decay is not None else None
     resets = torch.zeros(B, T, dtype=torch.bool)
@@ -158,7 +106,7 @@ def test_the_strongest_decay_leaves_all_numbers_finite_and_right(decay: str, res
     starts = random_resets(B, T) if resets else None
     found = []
     for dtype, form in ((torch.float64, naive.recurrent), (torch.float32, chunked.chunked)):
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs(B, H, K, T))
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in qkv(B, H, K, T))
         shape = (B, K, T, 4) if decay == "dimension" else (B, K, T)
         log_decay = torch.full(shape, FLOOR, dtype=dtype, requires_grad=True)
         y, state = form(q, k, v, log_decay=log_decay, resets_BT=starts)
@@ -169,7 +117,7 @@ def test_the_strongest_decay_leaves_all_numbers_finite_and_right(decay: str, res
 
 def test_one_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
     """Sums of logarithms in float32 would: −1000 and a hundredth share no bits there."""
-    q, k, v = (x.detach().abs() for x in inputs(1, 1, 1, 64))
+    q, k, v = (x.detach().abs() for x in qkv(1, 1, 1, 64))
     log_decay = torch.full((1, 1, 64), -0.01, dtype=torch.float64)
     log_decay[..., 3] = -1e4
     exact, _ = naive.recurrent(q, k, v, log_decay=log_decay)
@@ -179,7 +127,7 @@ def test_one_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_the_definition_has_the_gradients_of_its_values(decay: str) -> None:
-    q, k, v = inputs(2, 2, 1, 5)
+    q, k, v = qkv(2, 2, 1, 5)
     log_decay, state = log_decays(decay, 2, 1, 5), random(2, 1, 4, 3).requires_grad_()
     resets = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
 
@@ -193,7 +141,7 @@ def test_the_definition_has_the_gradients_of_its_values(decay: str) -> None:
 @pytest.mark.parametrize("decay", DECAYS)
 def test_chunks_compile_to_one_graph(decay: str) -> None:
     B, H, K, T = 1, 2, 1, 40
-    q, k, v = inputs(B, H, K, T)
+    q, k, v = qkv(B, H, K, T)
     shared = {"log_decay": log_decays(decay, B, K, T), "resets_BT": random_resets(B, T), "chunk": 16}
     torch._dynamo.reset()
     compiled = torch.compile(chunked.chunked, backend="aot_eager", fullgraph=True)
@@ -203,7 +151,7 @@ def test_chunks_compile_to_one_graph(decay: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T", [1, 70])
 def test_a_state_stays_in_float32(dtype: torch.dtype, T: int) -> None:
-    q, k, v = (x.detach().to(dtype) for x in inputs(1, 2, 1, T))
+    q, k, v = (x.detach().to(dtype) for x in qkv(1, 2, 1, T))
     y, state = kernel.linear_attention(q, k, v)
     assert (y.dtype, state.dtype) == (dtype, torch.float32)
     exact, _ = naive.recurrent(q.float(), k.float(), v.float())
@@ -212,24 +160,11 @@ def test_a_state_stays_in_float32(dtype: torch.dtype, T: int) -> None:
         assert torch.equal(kernel.linear_attention(q, k, v)[1], state)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most numbers that any tensor made inside it holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
-
-
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("resets", [False, True])
 def test_time_and_memory_grow_with_the_length(decay: str, resets: bool) -> None:
     def cost(T: int) -> tuple[int, int]:
-        q, k, v = inputs(1, 1, 1, T)
+        q, k, v = qkv(1, 1, 1, T)
         starts = random_resets(1, T) if resets else None
         with LargestTensor() as largest, FlopCounterMode(display=False) as counter:
             y, _ = chunked.chunked(q, k, v, log_decay=log_decays(decay, 1, 1, T), resets_BT=starts)
