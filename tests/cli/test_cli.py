@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run, run_json
 
 from headwise.cli import COMMANDS, main
 from headwise.cli.arguments import Parser
@@ -24,13 +25,6 @@ from headwise.train import TrainSettings
 
 GPT2 = "gpt2(d_model=16, n_layers=1, n_heads=2)"
 QUICK = ["--seq-len", "16", "--batch-size=4", "--steps", "6", "--log_every", "2"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "small.txt"
-    path.write_text("the head that is wise learns all lines. " * 150)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +45,6 @@ def compared(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     return out
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command."""
-    capsys.readouterr()
-    status = main(argv)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    status, out, _ = run(capsys, *argv, "--json")
-    assert status == 0
-    return json.loads(out)
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------

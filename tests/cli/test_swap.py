@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import run, run_json
 
 import headwise as hw
 from headwise.cli import main
@@ -16,13 +16,6 @@ from headwise.lab.settings import CompareSettings
 
 LINE = "llama(d_model=16, n_layers=3, n_heads=2)"
 QUICK = ["--seq-len", "16", "--batch-size=4", "--steps", "8", "--log-every", "2"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "small.txt"
-    path.write_text("the head that is wise learns all lines. " * 150)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +30,6 @@ def swapped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("swap") / "swapped"
     assert main(["swap", str(trained), "--ffn", "vft(rank=4)", "--layers", "0,2", "--out", str(out)]) == 0
     return out
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command."""
-    capsys.readouterr()
-    status = main(argv)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    return json.loads(out)
 
 
 def test_losses_are_those_of_eval_on_the_data_of_the_run(
