@@ -30,6 +30,10 @@ class LayerCache:
         """Forget every position from `length` on."""
         self.length = min(self.length, length)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows int64 [B'] of the batch, in this order; a row may come several times or never."""
+        self._buffers = [buffer[rows.to(buffer.device)] for buffer in self._buffers]
+
     @property
     def n_bytes(self) -> int:
         """Bytes held, spare capacity included."""

@@ -57,3 +57,14 @@ class ModelCache:
             layer.crop(length)  # those that may refuse come first, so that all are cropped or none
         if self.segments_BS is not None:
             self.segments_BS = self.segments_BS[:, :length]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows int64 [B'] of the batch, in this order; a row may come several times or never."""
+        for layer in self.layers:
+            layer.reorder(rows)
+        if self.segments_BS is not None:
+            self.segments_BS = self.segments_BS[rows.to(self.segments_BS.device)]
+        if self.memory is not None:
+            memory_BSC, segments_BS = self.memory
+            rows = rows.to(memory_BSC.device)
+            self.memory = (memory_BSC[rows], None if segments_BS is None else segments_BS[rows])

@@ -39,6 +39,11 @@ class RecurrentCache:
             )
         self.length, self.state = 0, None
 
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows int64 [B'] of the batch, in this order; a row may come several times or never."""
+        if self.state is not None:
+            self.state = tuple(t[rows.to(t.device)] for t in self.state)
+
     @property
     def n_bytes(self) -> int:
         """Bytes of the state."""
