@@ -26,7 +26,7 @@ from headwise.registry import ComponentSpec
 
 class AttentionSpec(ComponentSpec):
     """Fields of every attention: `kv_heads` (None: n_heads), `head_dim` (None: d_model / n_heads), `bias` and `dropout`
-    (None: the model's), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3), `scale` (what q·k is
+    (None: the model's), `out_bias` (of `wo`; None: as `bias`), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3), `scale` (what q·k is
     multiplied by; None: 1/√ of the width of q). `takes_bias` marks those with scores that a position code may add to,
     `takes_scale` those that multiply q·k by a scale."""
 
@@ -35,6 +35,7 @@ class AttentionSpec(ComponentSpec):
     kv_heads: int | None = Field(None, gt=0)
     head_dim: int | None = Field(None, gt=0)
     bias: bool | None = None
+    out_bias: bool | None = None
     qk_norm: bool = False
     scale: float | None = Field(None, gt=0)
     dropout: float | None = Field(None, ge=0, lt=1)
@@ -54,6 +55,10 @@ class AttentionSpec(ComponentSpec):
     def has_bias(self, dims: Dims) -> bool:
         """Whether the projections have biases."""
         return dims.bias if self.bias is None else self.bias
+
+    def has_out_bias(self, dims: Dims) -> bool:
+        """Whether the output projection has one."""
+        return self.has_bias(dims) if self.out_bias is None else self.out_bias
 
     def scale_in_force(self, dims: Dims) -> float:
         """What q·k is multiplied by."""
@@ -78,7 +83,7 @@ class AttentionSpec(ComponentSpec):
     def param_count(self, dims: Dims) -> int:
         (H, K, D), E = self.heads(dims), self.key_dim(dims)
         matrices = dims.d_model * (H + K) * (D + E)
-        biases = (H + K) * E + K * D + dims.d_model if self.has_bias(dims) else 0
+        biases = ((H + K) * E + K * D) * self.has_bias(dims) + dims.d_model * self.has_out_bias(dims)
         return matrices + biases + (2 * E if self.qk_norm else 0)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
@@ -165,7 +170,7 @@ class Attention(nn.Module):
         self.wq = nn.Linear(dims.d_model, H * E, bias=bias)
         self.wk = nn.Linear(dims.d_model, K * E, bias=bias)
         self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
-        self.wo = nn.Linear(H * D, dims.d_model, bias=bias)
+        self.wo = nn.Linear(H * D, dims.d_model, bias=spec.has_out_bias(dims))
         if spec.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(E), HeadNorm(E)
         self.scale = spec.scale_in_force(dims)

@@ -47,7 +47,7 @@ class MLASpec(AttentionSpec):
 
     kind: Literal["mla"] = "mla"
     examples: ClassVar[tuple[str, ...]] = (
-        "mla",
+        "mla(out_bias=true)",
         "mla(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=16, bias=true, "
         "scale=0.4)",
     )
@@ -89,13 +89,13 @@ class MLASpec(AttentionSpec):
         H, _, D = self.heads(dims)
         E, r, s = self.key_dim(dims), self.latent_dim(dims), self.latent_dim(dims) + self.rotary_dim(dims)
         count = dims.d_model * s + r + r * H * (self.nope_dim(dims) + D) + H * D * dims.d_model
-        biases = s + dims.d_model
+        biases = s
         if self.q_lora_rank is None:
             count += dims.d_model * H * E
         else:
             count += self.q_lora_rank * (dims.d_model + 1 + H * E)
             biases += self.q_lora_rank
-        return count + (biases if self.has_bias(dims) else 0)
+        return count + biases * self.has_bias(dims) + dims.d_model * self.has_out_bias(dims)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
         H, _, D = self.heads(dims)
@@ -139,7 +139,7 @@ class MLAAttention(Attention):
         self.wkv_a = nn.Linear(C, self.latent_dim + self.rope_dim, bias=bias)
         self.kv_norm = HeadNorm(self.latent_dim)
         self.wkv_b = nn.Linear(self.latent_dim, H * (self.nope_dim + D), bias=False)
-        self.wo = nn.Linear(H * D, C, bias=bias)
+        self.wo = nn.Linear(H * D, C, bias=spec.has_out_bias(dims))
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
 

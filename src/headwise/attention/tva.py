@@ -49,7 +49,7 @@ class TVASpec(AttentionSpec):
     positional: ClassVar[tuple[str, ...]] = ("rank",)
     examples: ClassVar[tuple[str, ...]] = (
         "tva(rank=4)",
-        "tva(rank=3, vein=model, qk_norm=true)",
+        "tva(rank=3, vein=model, qk_norm=true, out_bias=true)",
         "tva(rank=6, kv_heads=2, folded=true, scale=0.5)",
     )
     rank: int = Field(8, gt=0)
@@ -84,7 +84,7 @@ class TVASpec(AttentionSpec):
             stream, own, vein = r, r, 2 * C * r
         else:
             stream, own, vein = (C, r, 0) if self.folded else (C, width, 2 * width * r)
-        biases = (H + 2 * K) * own + stream if self.has_bias(dims) else 0
+        biases = (H + 2 * K) * own * self.has_bias(dims) + stream * self.has_out_bias(dims)
         return 2 * stream * (H + K) * own + vein + biases + (2 * r if self.qk_norm else 0)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
@@ -123,10 +123,10 @@ class TVA(Attention):
         if spec.vein == "model":
             for name in ("wq", "wk", "wv", "wo"):
                 old = getattr(self, name)
-                setattr(self, name, VeinInnerMap(old.in_features, old.out_features, bias=bias))
+                setattr(self, name, VeinInnerMap(old.in_features, old.out_features, bias=old.bias is not None))
         elif not spec.folded:
             self.wq, self.wk, self.wv = (nn.Linear(C, n * width, bias=bias) for n in (H, K, K))
-            self.wo = nn.Linear(H * width, C, bias=bias)
+            self.wo = nn.Linear(H * width, C, bias=spec.has_out_bias(dims))
         if not spec.folded:
             self.vein = vein or VeinProjector(width, spec.rank, spec.implementation, spec.init_method, spec.tied_start)
 

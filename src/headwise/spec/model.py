@@ -144,7 +144,7 @@ class ModelSpec(BaseModel):
         first = self.attention.at(0)
         if not isinstance(first, AttentionSpec):
             return ATTENTION.spec("softmax")
-        shared = ("kv_heads", "head_dim", "bias", "qk_norm", "scale", "dropout")
+        shared = ("kv_heads", "head_dim", "bias", "out_bias", "qk_norm", "scale", "dropout")
         return ATTENTION.spec({"kind": "softmax", **{name: getattr(first, name) for name in shared}})
 
     @property
