@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpu.situation import Situation, attempt
 from headwise.kernels.flash import attention, naive
-from headwise.kernels.flash import triton as flash
+from headwise.kernels.flash import launch as flash
 from tables import Table, table
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -7,7 +7,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headwise.kernels.flash import triton as flash
+from headwise.kernels.flash.backward import delta_kernel, dkdv_kernel, dq_kernel
+from headwise.kernels.flash.forward import forward_kernel
+from headwise.kernels.flash.launch import Tiles, tiles_of
 
 E, D = 80, 64  # padded keys
 FLAGS = {"CAUSAL": True, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "SEGMENTS": False, "EVEN": True}
@@ -16,7 +18,7 @@ TYPES = {**dict.fromkeys(("L", "DL", "Delta", "Bias", "DBias"), "*fp32"), "QSeg"
 TENSORS = ("Q", "K", "V", "Y", "DY", "DQ", "DK", "DV")
 
 
-def compiled(kernel: triton.JITFunction, tiles: flash.Tiles) -> object:
+def compiled(kernel: triton.JITFunction, tiles: Tiles) -> object:
     settings = {**FLAGS, "E": E, "D": D, "PADDED_E": 128, "PADDED_D": 64, "PRECISION": "ieee"}
     settings |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
     signature, aligned = {}, {}
@@ -38,9 +40,9 @@ def compiled(kernel: triton.JITFunction, tiles: flash.Tiles) -> object:
 
 
 if __name__ == "__main__":
-    for kernel in (flash._forward, flash._dq, flash._dkdv, flash._delta):
-        name = kernel.__name__.removeprefix("_")
-        tiles = flash.Tiles(64, 64, 4, 1) if name == "delta" else flash.tiles_of(name, E, D, torch.bfloat16)
+    for kernel in (forward_kernel, dq_kernel, dkdv_kernel, delta_kernel):
+        name = kernel.__name__.removesuffix("_kernel")
+        tiles = Tiles(64, 64, 4, 1) if name == "delta" else tiles_of(name, E, D, torch.bfloat16)
         made = compiled(kernel, tiles)
         assert len(made.asm["cubin"]) > 1000
-        print(kernel.__name__, made.metadata.shared, "wgmma" if "wgmma" in made.asm["ptx"] else "none")
+        print(name, made.metadata.shared, "wgmma" if "wgmma" in made.asm["ptx"] else "none")

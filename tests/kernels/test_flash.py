@@ -336,7 +336,7 @@ def test_kernels_become_code_for_hopper_without_a_gpu() -> None:
     for line in done.stdout.splitlines():
         kernel, shared, matrix = line.split()
         assert int(shared) <= 227 * 1024, kernel
-        assert matrix == ("none" if kernel == "_delta" else "wgmma"), kernel
+        assert matrix == ("none" if kernel == "delta" else "wgmma"), kernel
     assert len(done.stdout.splitlines()) == 4
 
 

@@ -1,4 +1,6 @@
-"""Flash attention: `naive` on paper, `online` in tiles of plain torch, `triton` as one GPU kernel a direction.
+"""Flash attention: `naive` on paper, `online` in tiles of plain torch, `forward` and `backward` as Triton kernels.
+
+`launch` makes operators of the kernels; `tiles` has the device functions that both directions use.
 
 Triton is imported when a kernel is first asked for, never by importing headwise.
 """
@@ -52,7 +54,7 @@ def attention(
     Raises:
         HeadwiseError: where shapes or dtypes do not fit together, or a number is out of its range.
     """
-    from headwise.kernels.flash import triton
+    from headwise.kernels.flash import launch
 
     device = q_BHTE.device.type
     if torch.is_autocast_enabled(device):
@@ -65,7 +67,7 @@ def attention(
     dtype = q_BHTE.dtype
     if device == "cpu" and dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
         q_BHTE, k_BKSE, v_BKSD = q_BHTE.float(), k_BKSE.float(), v_BKSD.float()
-    y_BHTD, lse_BHT = triton.forward(
+    y_BHTD, lse_BHT = launch.forward(
         q_BHTE, k_BKSE, v_BKSD, key_bias, q_seg, k_seg, scale, causal, window, lead, softcap
     )
     return y_BHTD.to(dtype), lse_BHT
