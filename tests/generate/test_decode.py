@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from headwise.data import load_dataset
 from headwise.errors import DataError, HeadwiseError, SettingsError
@@ -89,31 +86,6 @@ def test_learned_positions_end_where_they_end() -> None:
     with pytest.raises(HeadwiseError, match="max_seq_len=24"):
         stream_ids(small(), [1] * 5, max_new_tokens=21)
     assert len(list(stream_ids(small("llama"), [1] * 5, max_new_tokens=40))) == 40
-
-
-class Bytes:
-    """UTF-8 bytes, decoded as `headwise.data`'s byte tokenizer does."""
-
-    eos_id = None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
-
-
-@given(st.text(max_size=30))
-def test_streamed_pieces_add_up_and_never_split_a_character(text: str) -> None:
-    from headwise.generate.decode import _text_pieces
-
-    text = text.encode("utf-8", "ignore").decode().replace("\ufffd", "")
-    pieces = list(_text_pieces(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces)
-
-
-def test_bytes_that_are_no_text_come_out_at_the_end_at_the_latest() -> None:
-    from headwise.generate.decode import _text_pieces
-
-    assert "".join(_text_pieces(Bytes(), iter([0x41, 0xE2, 0x82]))).startswith("A\ufffd")  # type: ignore[arg-type]
 
 
 def test_text_in_text_out() -> None:

@@ -1,0 +1,105 @@
+"""A model that reads one text and remembers it: what is asked again is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwise.errors import HeadwiseError, SettingsError
+from headwise.position import Position
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headwise.cache import ModelCache
+    from headwise.model.base import LanguageModel
+
+
+class Session:
+    """A model, a cache of one row, and the ids in it. Texts that begin as the last one did are read on from there.
+
+    An encoder–decoder reads the prompt with its encoder, and its decoder's text begins with the prompt's last token, as
+    in training.
+
+    Attributes:
+        ids: the ids whose keys and values are held.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self._cache: ModelCache = model.new_cache()
+        self._device = next(model.parameters()).device
+        self._encoded: list[int] | None = None
+
+    @torch.inference_mode()
+    def read(self, prompt: Sequence[int], new: Sequence[int] = (), n_last: int = 1) -> Tensor:
+        """Logits [n_last,V] after the last tokens of prompt + new; only ids that are not held are computed.
+
+        The model should be in eval mode.
+        """
+        ids = [*prompt, *new]
+        if self.model.spec.architecture == "encoder_decoder":
+            self._encode(list(prompt))
+            ids = [prompt[-1], *new]
+        self._keep(_common(self.ids, ids[: len(ids) - n_last]))
+        logits_1TV = self.model(torch.tensor([ids[len(self.ids) :]], device=self._device), cache=self._cache)
+        self.ids = ids
+        return logits_1TV[0, -n_last:]
+
+    def _encode(self, prompt: list[int]) -> None:
+        if self._encoded != prompt:
+            ids_1S = torch.tensor([prompt], device=self._device)
+            self._reset()
+            self._cache.memory = (self.model.encode(ids_1S), None)  # type: ignore[operator]
+            self._encoded = prompt
+
+    def _keep(self, length: int) -> None:
+        if length == len(self.ids):
+            return
+        try:
+            self._cache.crop(length)
+            self.ids = self.ids[:length]
+        except HeadwiseError:  # a recurrent state cannot go back: read the text again
+            memory = self._cache.memory
+            self._reset()
+            self._cache.memory = memory
+
+    def _reset(self) -> None:
+        self.ids, self._cache = [], self.model.new_cache()
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many ids two texts begin with in common."""
+    if a == b[: len(a)]:
+        return len(a)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def check_prompt(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Say beforehand what cannot work.
+
+    Raises:
+        SettingsError: an encoder, an empty prompt, or ids outside the vocabulary.
+        HeadwiseError: prompt and new tokens are more than the model has positions for.
+    """
+    spec = model.spec
+    if spec.architecture == "encoder":
+        raise SettingsError("an encoder fills in masked tokens and generates no text; use a decoder or encoder–decoder")
+    if not len(prompt):
+        raise SettingsError("prompt: is empty; give at least one token to go on from")
+    if not 0 <= min(prompt) <= max(prompt) < spec.dims.vocab_size:
+        raise SettingsError(f"prompt: ids should lie in 0…{spec.dims.vocab_size - 1}; is this the model's tokenizer?")
+    # The last new token is never fed back, so it needs no position.
+    decoded = 1 if spec.architecture == "encoder_decoder" else len(prompt)
+    check_length(model, max(len(prompt), decoded + max_new_tokens - 1))
+
+
+def check_length(model: LanguageModel, length: int) -> None:
+    """Raises `HeadwiseError` where some position code of the model cannot place so many tokens."""
+    for module in model.modules():
+        if isinstance(module, Position):
+            module.check_length(length)
