@@ -32,7 +32,6 @@ def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
     """
     if not settings.tau_schedule:
         return spec
-    items = spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
     if not _compensates(spec):
         raise SettingsError(
             f"tau_schedule: {str(spec)!r} has no normal compensation whose τ could change; "
@@ -42,14 +41,17 @@ def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
     def at_the_end(item: ComponentSpec) -> ComponentSpec:
         return item.model_copy(update={"tau": settings.tau_schedule[-1]}) if isinstance(item, VFTSpec) else item
 
-    if isinstance(spec.ffn, Pattern):
-        return spec.replace(ffn=Pattern(items=tuple(at_the_end(item) for item in items)))
-    return spec.replace(ffn=at_the_end(spec.ffn))
+    items = tuple(at_the_end(item) for item in _items(spec))
+    return spec.replace(ffn=Pattern(items=items) if isinstance(spec.ffn, Pattern) else items[0])
+
+
+def _items(spec: ModelSpec) -> tuple[ComponentSpec, ...]:
+    """The feed-forwards of the line."""
+    return spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
 
 
 def _compensates(spec: ModelSpec) -> bool:
-    items = spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
-    return any(isinstance(item, VFTSpec) and item.s_normals for item in items)
+    return any(isinstance(item, VFTSpec) and item.s_normals for item in _items(spec))
 
 
 def fitting(settings: S, spec: ModelSpec) -> S:
