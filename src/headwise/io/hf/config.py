@@ -50,11 +50,11 @@ class Config:
             raise FormatError(f"{self.where}: {name!r} should be {_WORDS[kind]}, not {short(value)}")
         return float(value) if kind is float else value
 
-    def size(self, name: str, default: Any = _NEEDED) -> Any:
-        """A whole number from 1 on; what may be missing has a default."""
+    def size(self, name: str, default: Any = _NEEDED, most: int = 2**31) -> Any:
+        """A whole number from 1 to `most`; what may be missing has a default."""
         value = self.get(name, int, default)
-        if value == 0:
-            raise FormatError(f"{self.where}: {name!r} should be at least 1, not 0")
+        if value is not None and not 1 <= value <= most:
+            raise FormatError(f"{self.where}: {name!r} should be from 1 to {most}, not {short(value)}")
         return value
 
     def choice(self, name: str, table: Mapping[str, T], default: str | None = None) -> T:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.attention import AttentionSpec
 from headwise.errors import FormatError
+from headwise.ffn.base import FFNSpec
 from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.hf import families, family_of
 from headwise.io.hf.config import Config
@@ -112,12 +114,12 @@ def meaning(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _meaning(component: ComponentSpec, spec: ModelSpec) -> dict[str, Any]:
-    fields = component.model_dump()
-    fields.pop("dropout", None)
-    if hasattr(component, "heads"):
-        _, fields["kv_heads"], fields["head_dim"] = component.heads(spec.dims)
-    if hasattr(component, "has_bias"):
-        fields["bias"] = component.has_bias(spec.dims)
-    if hasattr(component, "width"):
-        fields["d_ff"] = component.width(spec.dims)
+    fields, dims = component.model_dump(exclude={"dropout"}), spec.dims
+    if isinstance(component, AttentionSpec):
+        _, fields["kv_heads"], fields["head_dim"] = component.heads(dims)
+        fields["out_bias"], fields["scale"] = component.has_out_bias(dims), component.scale_in_force(dims)
+    if isinstance(component, AttentionSpec | FFNSpec):
+        fields["bias"] = component.has_bias(dims)
+    if isinstance(component, FFNSpec):
+        fields["d_ff"] = component.width(dims)
     return fields

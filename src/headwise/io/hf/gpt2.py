@@ -33,7 +33,7 @@ class GPT2(Family):
         return {
             "preset": "gpt2",
             "d_model": d_model,
-            "n_layers": config.size("n_layer"),
+            "n_layers": config.size("n_layer", most=common.MOST_LAYERS),
             "n_heads": config.size("n_head"),
             "vocab_size": config.size("vocab_size"),
             "max_seq_len": config.size("n_positions"),
