@@ -24,7 +24,8 @@ from dataclasses import dataclass
 class Dims:
     """The widths that every component of one model shares; what a mechanism may ask of its surroundings.
 
-    `bias` and `dropout` are the model's defaults: a component whose own field is None takes them.
+    `bias` and `dropout` are the model's defaults: a component whose own field is None takes them. `norm_eps` is the ε
+    of the model's norms, which norms inside a component share; None leaves it to them.
     """
 
     d_model: int

@@ -150,8 +150,8 @@ def heads_of(attention: nn.Module) -> Heads | None:
     (q, bq), (k, bk), (v, bv) = split(wq, H), split(wk, K), split(wv, K)
     if hasattr(layer, "q_norm"):
         # The norm makes each head D long: its gain stands for the size, the map for the direction.
-        gain_q, gain_k = layer.q_norm.weight.double(), layer.k_norm.weight.double()
-        q, k, bq, bk = q * gain_q[:, None], k * gain_k[:, None], bq * gain_q, bk * gain_k
+        gain_q, gain_k = (norm.weight.double().view(-1, D) for norm in (layer.q_norm, layer.k_norm))
+        q, k, bq, bk = q * gain_q[..., None], k * gain_k[..., None], bq * gain_q, bk * gain_k
     size = layer.scale * D**0.5
     q, bq = q * size, bq * size
     out = wo.weight.double().unflatten(1, (H, D))
@@ -164,7 +164,8 @@ def start_attention(new: nn.Module, old: nn.Module) -> str:
     source = dict(old.state_dict())
     how = "projections"
     if before != after and before and after and max(before, after) % min(before, after) == 0:
-        for name in ("wk.weight", "wk.bias", "wv.weight", "wv.bias"):
+        full = ("k_norm.weight",) if new.spec.qk_norm == old.spec.qk_norm == "full" else ()  # type: ignore[union-attr]
+        for name in ("wk.weight", "wk.bias", "wv.weight", "wv.bias", *full):
             if name in source:
                 heads = source[name].unflatten(0, (before, -1))
                 if after < before:

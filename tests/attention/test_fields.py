@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headwise.attention import Attention, Context
 from headwise.errors import SpecError
+from headwise.model import build
 from headwise.registry import get_attention
 from headwise.spec import parse
 
@@ -41,7 +42,25 @@ def test_a_scale_is_as_if_the_queries_were_larger(kind: str) -> None:
     torch.testing.assert_close(scaled(x, context=context)[0], plain(x, context=context)[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [True, "full"])
+def test_queries_and_keys_are_normed_head_by_head_or_all_together(qk_norm: bool | str) -> None:
+    attention, x = layer("softmax", kv_heads=2, qk_norm=qk_norm), tokens()
+    q, k, _ = attention._heads(x, Context())
+    for mine, wide, norm in ((q, attention.wq(x), attention.q_norm), (k, attention.wk(x), attention.k_norm)):
+        parts = wide.unflatten(-1, (-1, 8)) if qk_norm is True else wide
+        wanted = parts * (parts.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+        torch.testing.assert_close(mine.transpose(1, 2).flatten(2), wanted.view_as(wide))
+
+
+def test_norms_over_queries_and_keys_have_the_models_epsilon() -> None:
+    model = build("llama(attention=softmax(qk_norm=true), norm=rmsnorm(eps=0.01))")
+    assert model.stack.blocks[0].attention.q_norm.eps == 0.01
+    with pytest.raises(SpecError, match=r"attention\.qk_norm: 'all' given; allowed: true, false, full"):
+        parse("llama(attention=softmax(qk_norm=all))")
+
+
 @pytest.mark.parametrize("kind", ["w2", "linear", "deltanet", "gated_deltanet"])
 def test_kinds_without_a_scale_refuse_one(kind: str) -> None:
-    with pytest.raises(SpecError, match=f"attention.scale: 0.5 given, but {kind} does not multiply"):
+    with pytest.raises(SpecError, match=rf"attention\.scale: 0\.5 given, but {kind} does not multiply"):
         parse(f"llama(d_model=32, n_heads=4, attention={kind}(scale=0.5))")

@@ -6,16 +6,16 @@ softmax attention does, the closed forms of its spec.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from headwise.cache import AnyLayerCache, LayerCache
 from headwise.dims import Dims
-from headwise.errors import Problem
+from headwise.errors import Problem, SpecError, short
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
 from headwise.kernels.rms_norm import rms_norm
@@ -24,11 +24,19 @@ from headwise.position import Encoding
 from headwise.registry import ComponentSpec
 
 
+def _qk_norm(value: Any) -> Any:
+    """What the field takes; a union's own complaint would come once for each of its parts."""
+    if value == "full" or isinstance(value, bool):
+        return value
+    raise SpecError([Problem("", f"{short(value)} given; allowed: true, false, full")])
+
+
 class AttentionSpec(ComponentSpec):
     """Fields of every attention: `kv_heads` (None: n_heads), `head_dim` (None: d_model / n_heads), `bias` and `dropout`
-    (None: the model's), `out_bias` (of `wo`; None: as `bias`), `qk_norm` (an RMSNorm over each head's queries and keys, Qwen 3), `scale` (what q·k is
-    multiplied by; None: 1/√ of the width of q). `takes_bias` marks those with scores that a position code may add to,
-    `takes_scale` those that multiply q·k by a scale."""
+    (None: the model's), `out_bias` (of `wo`; None: as `bias`), `qk_norm` (an RMSNorm over each head's queries and keys,
+    Qwen 3; "full": over all heads' side by side, OLMo 2), `scale` (what q·k is multiplied by; None: 1/√ of the width of
+    q). `takes_bias` marks those with scores that a position code may add to, `takes_scale` those that multiply q·k by a
+    scale."""
 
     takes_bias: ClassVar[bool] = True
     takes_scale: ClassVar[bool] = True
@@ -36,7 +44,7 @@ class AttentionSpec(ComponentSpec):
     head_dim: int | None = Field(None, gt=0)
     bias: bool | None = None
     out_bias: bool | None = None
-    qk_norm: bool = False
+    qk_norm: Annotated[bool | Literal["full"], BeforeValidator(_qk_norm)] = False
     scale: float | None = Field(None, gt=0)
     dropout: float | None = Field(None, ge=0, lt=1)
 
@@ -84,7 +92,12 @@ class AttentionSpec(ComponentSpec):
         (H, K, D), E = self.heads(dims), self.key_dim(dims)
         matrices = dims.d_model * (H + K) * (D + E)
         biases = ((H + K) * E + K * D) * self.has_bias(dims) + dims.d_model * self.has_out_bias(dims)
-        return matrices + biases + (2 * E if self.qk_norm else 0)
+        return matrices + biases + self.qk_norm_params(dims)
+
+    def qk_norm_params(self, dims: Dims) -> int:
+        """Gains of the norms over queries and keys."""
+        H, K, _ = self.heads(dims)
+        return self.key_dim(dims) * {False: 0, True: 2, "full": H + K}[self.qk_norm]
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
         (H, K, D), E = self.heads(dims), self.key_dim(dims)
@@ -141,14 +154,15 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """An RMSNorm over each head's queries or keys (Qwen 3)."""
+    """An RMSNorm over each head's queries or keys (Qwen 3), or over those of all heads side by side (OLMo 2)."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, width: int, eps: float | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = 1e-6 if eps is None else eps
+        self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x_BHTD: Tensor) -> Tensor:
-        return rms_norm(x_BHTD, self.weight, 1e-6)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -172,7 +186,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
         self.wo = nn.Linear(H * D, dims.d_model, bias=spec.has_out_bias(dims))
         if spec.qk_norm:
-            self.q_norm, self.k_norm = HeadNorm(E), HeadNorm(E)
+            widths = (H * E, K * E) if spec.qk_norm == "full" else (E, E)
+            self.q_norm, self.k_norm = (HeadNorm(width, dims.norm_eps) for width in widths)
         self.scale = spec.scale_in_force(dims)
         scores = spec if isinstance(spec, ScoreSpec) else None
         self.softcap = scores.softcap if scores else None
@@ -217,12 +232,14 @@ class Attention(nn.Module):
     def _heads(self, x_BTC: Tensor, context: Context, memory_BSC: Tensor | None = None) -> tuple[Tensor, ...]:
         """Queries [B,H,T,E], keys [B,K,S,E] and values [B,K,S,D] of the pass's own tokens, normed and placed."""
         q, k, v = self._project(x_BTC, x_BTC if memory_BSC is None else memory_BSC)
+        if self.spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
         q_BHTE, k_BKSE, v_BKSD = (
             split_heads(q, self.n_heads),
             split_heads(k, self.kv_heads),
             split_heads(v, self.kv_heads),
         )
-        if self.spec.qk_norm:
+        if self.spec.qk_norm is True:
             q_BHTE, k_BKSE = self.q_norm(q_BHTE), self.k_norm(k_BKSE)
         if memory_BSC is None:
             q_BHTE, k_BKSE = self.place(q_BHTE, context.encoding), self.place(k_BKSE, context.encoding)

@@ -25,7 +25,7 @@ class SoftmaxSpec(ScoreSpec):
         "softmax",
         "mqa",
         "softmax(head_dim=16, qk_norm=true, scale=0.4, softcap=5.0)",
-        "gqa(kv_heads=2, sink=true, bias=true, out_bias=false)",
+        "gqa(kv_heads=2, sink=true, bias=true, out_bias=false, qk_norm=full)",
     )
 
 

@@ -49,7 +49,7 @@ class TVASpec(AttentionSpec):
     positional: ClassVar[tuple[str, ...]] = ("rank",)
     examples: ClassVar[tuple[str, ...]] = (
         "tva(rank=4)",
-        "tva(rank=3, vein=model, qk_norm=true, out_bias=true)",
+        "tva(rank=3, vein=model, qk_norm=full, out_bias=true)",
         "tva(rank=6, kv_heads=2, folded=true, scale=0.5)",
     )
     rank: int = Field(8, gt=0)
@@ -85,7 +85,7 @@ class TVASpec(AttentionSpec):
         else:
             stream, own, vein = (C, r, 0) if self.folded else (C, width, 2 * width * r)
         biases = (H + 2 * K) * own * self.has_bias(dims) + stream * self.has_out_bias(dims)
-        return 2 * stream * (H + K) * own + vein + biases + (2 * r if self.qk_norm else 0)
+        return 2 * stream * (H + K) * own + vein + biases + self.qk_norm_params(dims)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
         """Of the layer as written: an unfolded one runs with fewer, for it multiplies its maps together first."""

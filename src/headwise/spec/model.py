@@ -131,6 +131,7 @@ class ModelSpec(BaseModel):
             vocab_size=self.vocab_size or DEFAULT_VOCAB_SIZE,
             bias=self.bias,
             dropout=self.dropout,
+            norm_eps=getattr(self.norm.at(0), "eps", None),
         )
 
     @property
