@@ -53,6 +53,14 @@ class ComponentSpec(BaseModel):
         """The component that stands in layer `layer`: itself, unless it is a pattern."""
         return self
 
+    def each(self) -> tuple[ComponentSpec, ...]:
+        """The components that there are: itself, unless it is a pattern."""
+        return (self,)
+
+    def with_each(self, change: Callable[[ComponentSpec], ComponentSpec]) -> ComponentSpec:
+        """The same with every component changed."""
+        return change(self)
+
     def check(self, dims: Dims) -> list[Problem]:
         """What is wrong with this component at these widths; empty where nothing is."""
         return []
@@ -74,6 +82,12 @@ class Pattern(ComponentSpec):
 
     def at(self, layer: int) -> ComponentSpec:
         return self.items[layer % len(self.items)]
+
+    def each(self) -> tuple[ComponentSpec, ...]:
+        return self.items
+
+    def with_each(self, change: Callable[[ComponentSpec], ComponentSpec]) -> ComponentSpec:
+        return Pattern(items=tuple(change(item) for item in self.items))
 
     def check(self, dims: Dims) -> list[Problem]:
         return [

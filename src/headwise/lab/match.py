@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from headwise.errors import SpecError
 from headwise.ffn import FFNSpec
-from headwise.registry import ComponentSpec, Pattern
+from headwise.registry import ComponentSpec
 from headwise.spec import ModelSpec, count
 
 TOLERANCE = 0.01
@@ -84,21 +84,18 @@ def _quantity(spec: ModelSpec, how: str, context: int) -> float:
     return counts.params if how == "params" else counts.flops_per_token
 
 
-def _items(spec: ModelSpec) -> tuple[ComponentSpec, ...]:
-    return spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
-
-
 def _widths(spec: ModelSpec) -> list[int]:
-    return [item.width(spec.dims) for item in _items(spec) if isinstance(item, FFNSpec)]
+    return [item.width(spec.dims) for item in spec.ffn.each() if isinstance(item, FFNSpec)]
 
 
 def _with_widths(spec: ModelSpec, widths: list[int]) -> ModelSpec:
     """The spec with these widths in those items of its feed-forward that have one."""
     rest = iter(widths)
-    items = [
-        item.model_copy(update={"d_ff": next(rest)}) if isinstance(item, FFNSpec) else item for item in _items(spec)
-    ]
-    return spec.replace(ffn=Pattern(items=tuple(items)) if isinstance(spec.ffn, Pattern) else items[0])
+
+    def widened(item: ComponentSpec) -> ComponentSpec:
+        return item.model_copy(update={"d_ff": next(rest)}) if isinstance(item, FFNSpec) else item
+
+    return spec.replace(ffn=spec.ffn.with_each(widened))
 
 
 def _nearest(spec: ModelSpec, widths: list[int], step: int, off: Callable[[ModelSpec], float]) -> list[ModelSpec]:

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from headwise.errors import HeadwiseError, Interrupted
 from headwise.lab.worker import MARK, main_file
-from headwise.registry import ATTENTION, FFN, NORM, POSITION, Pattern
+from headwise.registry import ATTENTION, FFN, NORM, POSITION
 from headwise.spec import ModelSpec
 from headwise.train.guards import StopRequest
 
@@ -253,8 +253,7 @@ def needed_by(specs: Iterable[ModelSpec]) -> tuple[tuple[str, ...], str | None]:
     main: str | None = None
     for spec in specs:
         for family in (ATTENTION, POSITION, NORM, FFN):
-            component = getattr(spec, family.family)
-            for item in component.items if isinstance(component, Pattern) else (component,):
+            for item in getattr(spec, family.family).each():
                 module = family.get(item.kind).module.__module__
                 if module == "__main__":
                     file = main_file(sys.modules["__main__"])

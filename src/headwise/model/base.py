@@ -17,7 +17,7 @@ from headwise.errors import HeadwiseError
 from headwise.kernels.segments import segment_positions as segment_positions
 from headwise.model.block import Block
 from headwise.position import Encoding, Position
-from headwise.registry import NORM, POSITION, Pattern
+from headwise.registry import NORM, POSITION
 from headwise.spec import ModelSpec
 
 
@@ -29,8 +29,7 @@ class Stack(nn.Module):
         dims = spec.dims
         self.causal = causal
         self.activation_checkpointing = False
-        codes = spec.position.items if isinstance(spec.position, Pattern) else (spec.position,)
-        self.positions = nn.ModuleList(POSITION.build(code, dims) for code in codes)
+        self.positions = nn.ModuleList(POSITION.build(code, dims) for code in spec.position.each())
         self.blocks = nn.ModuleList(Block(spec, dims, layer, cross=cross) for layer in range(n_layers))
         self.final_norm = NORM.build(spec.norm.at(n_layers), dims) if spec.order != "post" else nn.Identity()
         specs = [spec.attention.at(layer) for layer in range(n_layers)]

@@ -32,12 +32,7 @@ def fold(model: LanguageModel) -> LanguageModel:
     Raises:
         HeadwiseError: no layer folds; a model-wide vein has nothing to fold, and folded layers are folded already.
     """
-    attention = model.spec.attention
-    spec = model.spec.replace(
-        attention=Pattern(items=tuple(_folded(item) for item in attention.items))
-        if isinstance(attention, Pattern)
-        else _folded(attention)
-    )
+    spec = model.spec.replace(attention=model.spec.attention.with_each(_folded))
     if spec == model.spec:
         raise HeadwiseError(f"nothing in {str(model.spec)!r} folds; allowed: attention=tva(vein=head) not yet folded")
     tensors = model.state_dict()

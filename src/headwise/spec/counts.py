@@ -12,7 +12,6 @@ from typing import Any
 
 from headwise.attention import AttentionSpec
 from headwise.errors import Problem, SpecError, short
-from headwise.registry import Pattern
 from headwise.spec.grammar import parse
 from headwise.spec.model import ModelSpec
 
@@ -65,13 +64,12 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
     attention = [spec.attention.at(i) for i in range(n_layers)]
     ffn = [spec.ffn.at(i) for i in range(n_layers)]
     norm = [spec.norm.at(i) for i in range(n_layers)]
-    norms_a_layer = {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[spec.order]
+    norms_a_layer = {"pre": 2, "post": 2, "sandwich": 4, "reordered": 2, "parallel": 1}[spec.order]
     final_norm = 0 if spec.order == "post" else spec.norm.at(n_layers).param_count(dims)
-    codes = spec.position.items if isinstance(spec.position, Pattern) else (spec.position,)
 
     parts = {
         "embedding": dims.vocab_size * dims.d_model,
-        "position": sum(p.param_count(dims) for p in codes),
+        "position": sum(p.param_count(dims) for p in spec.position.each()),
         "attention": sum(a.param_count(dims) for a in attention),
         "ffn": sum(f.param_count(dims) for f in ffn),
         "norm": sum(n.param_count(dims) for n in norm) * norms_a_layer + final_norm,

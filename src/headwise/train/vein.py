@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from headwise.errors import SettingsError
 from headwise.ffn.vft import NormalCompensator, VFTSpec
 from headwise.model import build
-from headwise.registry import ComponentSpec, Pattern
+from headwise.registry import ComponentSpec
 from headwise.spec import ModelSpec
 from headwise.train.settings import TrainSettings
 from headwise.vein import vein_parameters
@@ -41,17 +41,11 @@ def with_last_tau(spec: ModelSpec, settings: TrainSettings) -> ModelSpec:
     def at_the_end(item: ComponentSpec) -> ComponentSpec:
         return item.model_copy(update={"tau": settings.tau_schedule[-1]}) if isinstance(item, VFTSpec) else item
 
-    items = tuple(at_the_end(item) for item in _items(spec))
-    return spec.replace(ffn=Pattern(items=items) if isinstance(spec.ffn, Pattern) else items[0])
-
-
-def _items(spec: ModelSpec) -> tuple[ComponentSpec, ...]:
-    """The feed-forwards of the line."""
-    return spec.ffn.items if isinstance(spec.ffn, Pattern) else (spec.ffn,)
+    return spec.replace(ffn=spec.ffn.with_each(at_the_end))
 
 
 def _compensates(spec: ModelSpec) -> bool:
-    return any(isinstance(item, VFTSpec) and item.s_normals for item in _items(spec))
+    return any(isinstance(item, VFTSpec) and item.s_normals for item in spec.ffn.each())
 
 
 def fitting(settings: S, spec: ModelSpec) -> S:
