@@ -22,7 +22,14 @@ class Decoder(LanguageModel):
         """An empty cache for decoding."""
         return self.stack.new_cache()
 
-    def forward(self, ids_BT: Tensor, *, segments: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: ModelCache | None = None,
+        last: bool = False,
+    ) -> Tensor:
         """Logits [B,T,V] of token ids int64 [B,T].
 
         Args:
@@ -30,6 +37,7 @@ class Decoder(LanguageModel):
             segments: int64 [B,T]; a token sees only its own segment, and positions start again with each. Documents
                 packed in a row, or padding, are segments of their own.
             cache: what earlier calls left; the new tokens follow those held, and are added.
+            last: only the last position's logits, [B,1,V].
 
         Raises:
             HeadwiseError: wrong shapes, more tokens than a learned position table has rows, or a cache for an encoder.
@@ -45,4 +53,5 @@ class Decoder(LanguageModel):
         else:
             positions, pair = segment_positions(keys_BS)[:, past:], (keys_BS[:, past:], keys_BS)
         x_BTC = self.embed(ids_BT, self.stack, positions, past + T)
-        return self.head(self.stack(x_BTC, positions, segments=pair, cache=cache))
+        y_BTC = self.stack(x_BTC, positions, segments=pair, cache=cache)
+        return self.head(y_BTC[:, -1:] if last else y_BTC)

@@ -41,6 +41,7 @@ class EncoderDecoder(LanguageModel):
         cache: ModelCache | None = None,
         encoder_ids: Tensor | None = None,
         encoder_segments: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits [B,T,V] of the decoder's token ids int64 [B,T].
 
@@ -51,6 +52,7 @@ class EncoderDecoder(LanguageModel):
             cache: the decoder's cache; it also keeps what the encoder read, so later calls need no `encoder_ids`.
             encoder_ids: int64 [B,S], what the encoder reads. Without it the decoder writes with nothing to look at.
             encoder_segments: int64 [B,S] of the encoder's tokens.
+            last: only the last position's logits, [B,1,V].
         """
         check_ids(ids_BT)
         T = ids_BT.shape[1]
@@ -80,4 +82,4 @@ class EncoderDecoder(LanguageModel):
             memory_BSC=memory[0] if memory is not None else None,
             memory_segments=memory_pair,
         )
-        return self.head(y_BTC)
+        return self.head(y_BTC[:, -1:] if last else y_BTC)
