@@ -46,10 +46,11 @@ FAMILIES = ("attention", "position", "norm", "ffn")
 # On one floor only these may be imported across: what a family offers the others, the shared projector, the
 # helpers that write a file whole or not at all; and the ground floor's own files.
 SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "start", "io.atomic", "errors", "dims"}
-SHARED |= {"attention.recurrence"}
+SHARED |= {"attention.recurrence", "io.gguf.tokenizer"}
 # Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked
-# for, and a worker process, which imports what its parent had (a user's own mechanisms).
-BY_NAME = {"__init__.py", "registry.py", "lab/worker.py"}
+# for, a worker process, which imports what its parent had (a user's own mechanisms), and the modeling file of an
+# exported model, which brings its modules along.
+BY_NAME = {"__init__.py", "registry.py", "lab/worker.py", "io/remote_code/modeling_headwise.py"}
 # Files that hold no tensors and so must not cost torch's start.
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
 TORCH_FREE |= {"cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}

@@ -26,6 +26,7 @@ _HOMES = {
     "build": "headwise.model",
     "load": "headwise.io.pretrained",
     "save_pretrained": "headwise.io.pretrained",
+    "register_with_transformers": "headwise.io.attention_interface",
     "swap": "headwise.model.surgery",
     "train": "headwise.train",
     "resume": "headwise.train",
@@ -46,6 +47,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.generate import generate as generate
+    from headwise.io.attention_interface import register_with_transformers as register_with_transformers
     from headwise.io.pretrained import load as load
     from headwise.io.pretrained import save_pretrained as save_pretrained
     from headwise.lab.bench import bench as bench
