@@ -1,9 +1,10 @@
-"""One layer: attention and feed-forward around the residual stream, in one of four orders (document 001).
+"""One layer: attention and feed-forward around the residual stream, in one of five orders (document 001).
 
-* `pre`:      x += f(norm(x)), a final norm after the last layer (GPT-2, Llama)
-* `post`:     x = norm(x + f(x)), no final norm (Vaswani et al. 2017, GPT-1)
-* `sandwich`: x += norm(f(norm(x))), a final norm (CogView, Gemma 2)
-* `parallel`: x += attention(h) + ffn(h), h = norm(x), a final norm (GPT-J, Falcon)
+* `pre`:       x += f(norm(x)), a final norm after the last layer (GPT-2, Llama)
+* `post`:      x = norm(x + f(x)), no final norm (Vaswani et al. 2017, GPT-1)
+* `sandwich`:  x += norm(f(norm(x))), a final norm (CogView, Gemma 2)
+* `reordered`: x += norm(f(x)), a final norm (OLMo 2)
+* `parallel`:  x += attention(h) + ffn(h), h = norm(x), a final norm (GPT-J, Falcon)
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Block(nn.Module):
         norm = getattr(self, f"{name}_norm")
         if self.order == "post":
             return norm(finish(x_BTC + f(x_BTC), x_BTC))
+        if self.order == "reordered":
+            return finish(x_BTC + norm(f(x_BTC)), x_BTC)
         h_BTC = norm(x_BTC)
         y_BTC = f(h_BTC)
         if self.order == "sandwich":

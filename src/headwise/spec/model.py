@@ -41,7 +41,7 @@ class ModelSpec(BaseModel):
         architecture: causal decoder, bidirectional encoder, or encoder–decoder.
         d_model, n_layers, n_heads, n_encoder_layers, vocab_size, max_seq_len: widths; None is open until `resolve`.
         attention, position, norm, ffn: the mechanisms, each a component or a pattern of components.
-        order: where the norms stand: pre, post, sandwich or parallel (see `model/block.py`).
+        order: where the norms stand: pre, post, sandwich, reordered or parallel (see `model/block.py`).
         bias, dropout: defaults for components that leave theirs open.
         tie_embeddings: the output head shares the token embedding's matrix; `head_bias` gives it a bias.
         scale_embeddings: token embeddings are multiplied by √d_model; `embedding_norm`: and normalised.
@@ -63,7 +63,7 @@ class ModelSpec(BaseModel):
     position: _component(POSITION)  # type: ignore[valid-type]
     norm: _component(NORM)  # type: ignore[valid-type]
     ffn: _component(FFN)  # type: ignore[valid-type]
-    order: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    order: Literal["pre", "post", "sandwich", "reordered", "parallel"] = "pre"
     bias: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = False
@@ -96,7 +96,8 @@ class ModelSpec(BaseModel):
                 Problem("position", "learned and sinusoidal act once, on the embeddings, not layer by layer")
             )
         if self.architecture == "encoder_decoder" and self.order == "parallel":
-            problems.append(Problem("order", "parallel is for decoders and encoders; allowed: pre, post, sandwich"))
+            allowed = "pre, post, sandwich, reordered"
+            problems.append(Problem("order", f"parallel is for decoders and encoders; allowed: {allowed}"))
         if self.d_model is None or self.n_heads is None:
             return problems
         dims = self.dims
