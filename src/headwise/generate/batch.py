@@ -75,7 +75,7 @@ def _decode(
         cache.memory = (model.encode(ids_BT, apart), apart)  # type: ignore[operator]
         ids_BT, segments_BT = ids_BT[:, -1:], None
     while places:
-        logits_BV = model(ids_BT, segments=segments_BT, cache=cache)[:, -1]
+        logits_BV = model(ids_BT, segments=segments_BT, cache=cache, last=True)[:, -1]
         segments_BT = None  # new tokens are of their row's last segment
         going = []
         for n, place in enumerate(places):

@@ -99,7 +99,7 @@ def _search(model: LanguageModel, running: Running, beams: Beams) -> list[Finish
     if model.spec.architecture == "encoder_decoder":
         ids_NT, more = ids_NT[:, -1:], {"encoder_ids": ids_NT}
     for length in range(1, limit + 1):
-        logs_NV = model(ids_NT, cache=cache, **more)[:, -1].float().cpu().log_softmax(-1)
+        logs_NV = model(ids_NT, cache=cache, last=True, **more)[:, -1].float().cpu().log_softmax(-1)
         more = {}
         totals_NV = sums_N[:, None] + torch.stack(
             [sampling.scores(logs_V, History(running.prompt, new)) for logs_V, new in zip(logs_NV, texts)]

@@ -69,12 +69,11 @@ class Following:
         self._matcher = matcher
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Boolean [V]: the tokens that may follow; the end tokens among them where the text may end here."""
+        """Boolean [V]: which of the tokenizer's ids may follow; the end tokens among them where the text may end here."""
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        known = bits.flatten()[:vocab_size].bool()  # a model may have rows for tokens that its tokenizer lacks
-        return torch.nn.functional.pad(known, (0, vocab_size - len(known)))
+        return bits.flatten()[:vocab_size].bool()
 
     def take(self, token: int) -> bool:
         """Go on by a token that was allowed; True where nothing but the end can follow."""

@@ -136,6 +136,7 @@ class Running:
         self.constraint = request.constraint.start() if request.constraint else None
         ends = request.stop_ids if tokenizer is None else (*request.stop_ids, *end_ids(tokenizer))
         self._ends = frozenset(ends)
+        self._n_ids = None if tokenizer is None else tokenizer.vocab_size
         self._stream = TextStream(tokenizer, request.stop) if tokenizer is not None else None
         self._logprobs: list[TokenLogprob] = []
 
@@ -152,13 +153,19 @@ class Running:
         """Whether a token ends the text."""
         return token in self._ends
 
+    def of_tokenizer(self, logits_V: Tensor) -> Tensor:
+        """The logits without rows for ids that the tokenizer lacks: published models pad their vocabulary."""
+        return logits_V[: self._n_ids]
+
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """float64 [V]: what the next token is drawn from."""
+        logits_V = self.of_tokenizer(logits_V)
         return self.request.sampling.probabilities(logits_V, self.history, self._allowed(logits_V))
 
     def step(self, logits_V: Tensor) -> str:
         """Choose the next token of its logits; the text it lets out."""
-        token = self.request.sampling.pick(logits_V, self.generator, self.history, self._allowed(logits_V))
+        known_V = self.of_tokenizer(logits_V)
+        token = self.request.sampling.pick(known_V, self.generator, self.history, self._allowed(known_V))
         return self.take(token, logits_V)
 
     def take(self, token: int, logits_V: Tensor) -> str:

@@ -46,7 +46,8 @@ class Session:
             self._encode(list(prompt))
             ids = [prompt[-1], *new]
         self._keep(_common(self.ids, ids[: len(ids) - n_last]))
-        logits_1TV = self.model(torch.tensor([ids[len(self.ids) :]], device=self._device), cache=self._cache)
+        fresh_1T = torch.tensor([ids[len(self.ids) :]], device=self._device)
+        logits_1TV = self.model(fresh_1T, cache=self._cache, last=n_last == 1)
         self.ids = ids
         return logits_1TV[0, -n_last:]
 

@@ -65,7 +65,7 @@ class DraftModel:
         constraint = running.constraint.copy() if running.constraint else None
         for _ in range(min(self._n_tokens, most)):
             new = [*running.new, *(guess.token for guess in found)]
-            logits_V = self._session.read(running.prompt, new)[0]
+            logits_V = running.of_tokenizer(self._session.read(running.prompt, new)[0])
             allowed_V = constraint.allowed(len(logits_V)) if constraint else None
             probs_V = running.request.sampling.probabilities(logits_V, History(running.prompt, new), allowed_V)
             token = draw(probs_V, running.generator)
