@@ -31,17 +31,39 @@ _LEAST_BPE_VOCAB = 257  # every byte, and the end of a document
 _OWN_FILE = "headwise_tokenizer.json"
 _PIECE = 1 << 20  # characters encoded at a time: bounds memory for texts of any length
 _BATCH = 1 << 16  # characters a thread of the BPE encoder takes at a time
-_END_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 # A lone line end between two visible characters: byte-level BPE never joins tokens across it.
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Tokenizer(ABC):
-    """Encodes text as ids in [0, vocab_size). `eos_id` ends a document, None where there is no such id."""
+    """Encodes text as ids in [0, vocab_size).
+
+    Attributes:
+        eos_id: ends a document, None where there is no such id; `eos_ids` are all ids that end what a model writes.
+        begin_ids: what stands before every text, for models that were trained so; `encode` leaves it to its callers.
+        special_tokens: names of the tokens with a role (`bos_token`, `eos_token`, `pad_token`), and `special_ids` their
+            ids as a model's config has them.
+        chat_template: how a conversation becomes text (Jinja), None where the model knows none.
+    """
 
     kind: str
     vocab_size: int
     eos_id: int | None
+    begin_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        ends = list(self.eos_ids)
+        return {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
 
     @abstractmethod
     def encode(self, text: str, *, special: bool = False) -> NDArray[np.int64]:
@@ -141,15 +163,63 @@ class RustBackedTokenizer(Tokenizer):
     `config` is the content of its tokenizer_config.json, kept as it is for those who read it (chat templates, …).
     """
 
-    def __init__(self, rust: RustTokenizer, kind: str, eos_id: int | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        rust: RustTokenizer,
+        kind: str,
+        eos_id: int | None,
+        config: dict[str, Any],
+        eos_ids: Sequence[int] = (),
+    ) -> None:
         rust.no_truncation()  # a sentence encoder's tokenizer.json cuts every text at 128 tokens, and pads
         rust.no_padding()
         self.kind = kind
         self.eos_id = eos_id
         self.config = config
         self._rust = rust
+        self._eos_ids = tuple(eos_ids) or super().eos_ids
         # Ids may have holes, so the number of tokens is not enough.
         self.vocab_size = max(rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.begin_ids = self._begin_ids()
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several by name, as [{"name": "default", "template": …}, …]
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            template = named.get("default")
+        self.chat_template = template if isinstance(template, str) else None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self._eos_ids
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        named = {f"{role}_token": self.config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        return {role: name for role, name in named.items() if isinstance(name, str)}
+
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        ids = {f"{role}_id": self._rust.token_to_id(name) for role, name in self.special_tokens.items()}
+        return {role: i for role, i in ids.items() if i is not None} | super().special_ids
+
+    @property
+    def rust(self) -> RustTokenizer:
+        """The library's object."""
+        return self._rust
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        """What the library puts before a text, unless the config says otherwise."""
+        bos = self.special_ids.get("bos_token_id")
+        match self.config.get("add_bos_token"):
+            case True if bos is not None:
+                return (bos,)
+            case False:
+                return ()
+        try:
+            plain, full = (self._rust.encode("a", add_special_tokens=special).ids for special in (False, True))
+        except Exception:  # the library raises bare Exceptions, for words it has no id for
+            return ()
+        starts = (n for n in range(len(full)) if full[n : n + len(plain)] == plain)
+        return tuple(full[: next(starts, 0)])
 
     def encode(self, text: str, *, special: bool = False) -> NDArray[np.int64]:
         utf8(text)  # lone surrogates would be a TypeError below
@@ -176,7 +246,10 @@ class RustBackedTokenizer(Tokenizer):
         """Writes tokenizer.json and tokenizer_config.json, which Hugging Face's libraries read too."""
         write_text(Path(folder) / "tokenizer.json", self._rust.to_str(pretty=True))
         write_json(Path(folder) / "tokenizer_config.json", self.config)
-        write_json(Path(folder) / _OWN_FILE, {"kind": self.kind, "eos_id": self.eos_id})
+        own: dict[str, Any] = {"kind": self.kind, "eos_id": self.eos_id}
+        if len(self.eos_ids) > 1:
+            own["eos_ids"] = list(self.eos_ids)
+        write_json(Path(folder) / _OWN_FILE, own)
 
     def _cut(self, text: str, size: int) -> Iterator[str]:
         if self.kind != "bpe":  # others may join tokens across anything, or mark the beginning of a text
@@ -212,67 +285,36 @@ def train_bpe(texts: Iterable[str], vocab_size: int = DEFAULT_BPE_VOCAB) -> Rust
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a folder: what `save` wrote, or a Hugging Face folder with a tokenizer.json (or that file).
+    """The tokenizer of a model or alone: what `save` wrote, the folder of a model or run with that in tokenizer/, a
+    Hugging Face folder with a tokenizer.json (or that file), a GGUF file or a folder with one.
 
-    Raises DataError if there is none or it is malformed.
+    Raises DataError if there is none or it is malformed, FormatError for a damaged GGUF file.
     """
+    from headwise.data.published import folder_tokenizer, gguf_file_tokenizer, json_file
+
     path = Path(path).expanduser()
+    if path.is_dir() and (path / "tokenizer").is_dir():
+        path = path / "tokenizer"
     folder = path if path.is_dir() else path.parent
-    own = _json_file(folder / _OWN_FILE) if path.is_dir() or path.name == _OWN_FILE else {}
+    own = json_file(folder / _OWN_FILE) if path.is_dir() or path.name == _OWN_FILE else {}
+    if path.suffix == ".gguf":
+        return gguf_file_tokenizer(path)
+    if not own and not (folder / "tokenizer.json").is_file() and len(found := list(folder.glob("*.gguf"))) == 1:
+        return gguf_file_tokenizer(found[0])
     try:
         match own.get("kind"):
             case "char":
                 return CharTokenizer(own["characters"], eos=own["eos"])
             case "byte":
                 return ByteTokenizer(eos=own["eos"])
-            case None | "bpe" | "hf":
-                file = folder / "tokenizer.json" if path.is_dir() or own else path
-                return _load_rust(file, own)
+            case None:
+                return folder_tokenizer(folder / "tokenizer.json" if path.is_dir() else path)
+            case "bpe" | "hf":
+                made = folder_tokenizer(folder / "tokenizer.json")
+                return RustBackedTokenizer(made.rust, own["kind"], own["eos_id"], made.config, own.get("eos_ids", ()))
     except (KeyError, TypeError) as error:
         raise DataError(f"{str(folder / _OWN_FILE)!r} describes no tokenizer: {error!r}") from error
     raise DataError(f"{str(folder / _OWN_FILE)!r} names a tokenizer kind that is not known here: {own['kind']!r}")
-
-
-def _load_rust(file: Path, own: dict[str, Any]) -> RustBackedTokenizer:
-    from tokenizers import Tokenizer as Rust
-
-    if not file.is_file():
-        raise DataError(f"no tokenizer in {str(file.parent)!r}: it holds no tokenizer.json")
-    try:
-        rust = Rust.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"{str(file)!r} is not a readable tokenizer.json: {error}") from error
-    config = _json_file(file.parent / "tokenizer_config.json")
-    eos_id = own["eos_id"] if own else _find_eos(rust, file.parent, config)
-    return RustBackedTokenizer(rust, own.get("kind", "hf"), eos_id, config)
-
-
-def _find_eos(rust: RustTokenizer, folder: Path, config: dict[str, Any]) -> int | None:
-    """The id that ends a document: as the tokenizer's files name it, else as the model's, else by a usual name."""
-    for facts in (config, _json_file(folder / "special_tokens_map.json")):
-        token = facts.get("eos_token")
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str) and (found := rust.token_to_id(name)) is not None:
-            return int(found)
-    for name in ("generation_config.json", "config.json"):
-        value = _json_file(folder / name).get("eos_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and rust.id_to_token(value) is not None:
-            return value
-    return next((int(i) for name in _END_NAMES if (i := rust.token_to_id(name)) is not None), None)
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{str(path)!r} holds no JSON object")
-    return value
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,39 @@
-"""Models on disk: a folder with config.json, model.safetensors and, where there is one, tokenizer/.
+"""Models on disk, of whatever form, found by what stands at a path:
+
+* a folder of ours: config.json, model.safetensors and, where there is one, tokenizer/
+* the folder of a training run, and then the newest whole checkpoint in it
+* a Hugging Face folder: a config.json with `model_type` (`io/hf`)
+* a GGUF file, or a folder with exactly one (`io/gguf`)
 
     config.json   {"format": "headwise-model", "version": 1, "line": the resolved line, "spec": the same spec as JSON}
 
-The line is what a model is built from again; the JSON spec is for other readers. `load` also takes the folder of a
-training run, and then the newest whole checkpoint in it.
+The line is what a model is built from again; the JSON spec is for other readers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
 
 from headwise.errors import FormatError, SpecError
 from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.checkpoint import MODEL, list_checkpoints, read_checked_tensors, read_json, read_state
-from headwise.io.tensors import fill_module, module_tensors, read_tensors, write_tensors
+from headwise.io.hf.folder import CONFIG, MOST_CONFIG, hf_spec, load_hf
+from headwise.io.json_file import read_object
+from headwise.io.tensors import assign, check_fits, common_dtype, module_tensors, read_tensors, write_tensors
 from headwise.model import build
 from headwise.spec import ModelSpec, parse
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from headwise.model.base import LanguageModel
 
 VERSION = 1
-CONFIG = "config.json"
 
 
 class Saves(Protocol):
@@ -54,65 +62,121 @@ def save_pretrained(module: LanguageModel, folder: Path | str, tokenizer: Saves 
             tokenizer.save(temporary / "tokenizer")
 
 
-def load(path: Path | str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
-    """The model `save_pretrained` or a training run left in `path`, in eval mode.
+def load(
+    path: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    check: bool = False,
+) -> LanguageModel:
+    """The model at `path`, in eval mode, with its `spec`.
 
-    Its parameters have the dtype they were saved with unless `dtype` says otherwise. `FormatError`, in one line, for
-    whatever is missing, cut short, of another shape or not ours.
+    Weights in safetensors are mapped from the file, not copied: a page is read when it is first needed.
+
+    Args:
+        path: a folder of ours or of a training run, a Hugging Face folder, a GGUF file or a folder with one.
+        device: where the parameters are kept; the CPU by default.
+        dtype: in what precision; by default the one they are stored in (float32 where GGUF has them quantised).
+        check: also look at every number, and refuse weights that are NaN or infinite.
+
+    Raises:
+        FormatError: in one line, for whatever is missing, cut short, of another shape, or asks for what we lack.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FormatError(f"{path} is no folder; give the folder of a model or of a training run")
-    line, tensors, where = _run(path) if (path / "run.json").exists() else _model(path)
-    spec = _parsed(line, where)
-    if dtype is None:
-        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
-    module = build(spec, device=device, dtype=dtype)
-    fill_module(module, tensors, where)
-    return module.eval()
+    module = _form(path).load(path, device, dtype)
+    if check:
+        check_finite(module, path)
+    return module
 
 
 def saved_spec(path: Path | str) -> ModelSpec:
-    """The spec of what `load` would load, without its weights. Raises `FormatError` as that does."""
+    """The line of what `load` would load, without its weights. Raises `FormatError` as that does."""
     path = Path(path)
+    return _form(path).spec(path)
+
+
+def check_finite(module: LanguageModel, where: Path) -> None:
+    """Refuse a model with weights that are NaN or infinite; the FormatError names the first tensors."""
+    wrong = [name for name, tensor in module_tensors(module).items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise FormatError(f"{where} holds NaN or infinite weights, in {', '.join(map(repr, wrong[:3]))}{more}")
+
+
+class _Form(NamedTuple):
+    spec: Callable[[Path], ModelSpec]
+    load: Callable[[Path, torch.device | str | None, torch.dtype | None], LanguageModel]
+
+
+def _form(path: Path) -> _Form:
+    """How what stands at `path` is read."""
+    if path.is_file() and path.suffix == ".gguf":
+        return _gguf(path)
     if not path.is_dir():
-        raise FormatError(f"{path} is no folder; give the folder of a model or of a training run")
+        raise FormatError(f"{path} is no folder; give the folder of a model or of a training run, or a .gguf file")
     if (path / "run.json").exists():
-        where, about, key = path / "run.json", read_json(path / "run.json", "headwise-run", VERSION), "resolved_line"
-    elif (path / CONFIG).exists():
-        where, about, key = path / CONFIG, read_json(path / CONFIG, "headwise-model", VERSION), "line"
-    else:
-        raise FormatError(f"{path} holds neither a model (config.json) nor a training run (run.json)")
-    return _parsed(_text(about, key, where), where)
+        return _Form(_run_spec, _load_run)
+    if (path / CONFIG).exists():
+        about = read_object(path / CONFIG, MOST_CONFIG)
+        return (
+            _Form(_own_spec, _load_own) if "format" in about or "model_type" not in about else _Form(hf_spec, load_hf)
+        )
+    if len(found := sorted(path.glob("*.gguf"))) == 1:
+        return _gguf(found[0])
+    held = (
+        f"{len(found)} GGUF files (name one of them)" if found else "neither a model (config.json) nor a training run"
+    )
+    raise FormatError(f"{path} holds {held}")
 
 
-def _parsed(line: str, where: Path) -> ModelSpec:
+def _gguf(file: Path) -> _Form:
+    from headwise.io.gguf import gguf_spec, load_gguf
+
+    return _Form(lambda _path: gguf_spec(file), lambda _path, device, dtype: load_gguf(file, device, dtype))
+
+
+def _own_spec(path: Path) -> ModelSpec:
+    return _parsed(read_json(path / CONFIG, "headwise-model", VERSION), "line", path / CONFIG)
+
+
+def _run_spec(path: Path) -> ModelSpec:
+    return _parsed(read_json(path / "run.json", "headwise-run", VERSION), "resolved_line", path / "run.json")
+
+
+def _parsed(about: dict[str, Any], name: str, where: Path) -> ModelSpec:
+    if not isinstance(about.get(name), str):
+        raise FormatError(f"{where} is damaged: {name!r} is missing or no text")
     try:
-        return parse(line)
+        return parse(about[name])
     except SpecError as error:
         raise FormatError(f"{where}: its line cannot be read by this headwise: {error}") from None
 
 
-def _model(path: Path) -> tuple[str, dict[str, Tensor], Path]:
-    if not (path / CONFIG).exists():
-        raise FormatError(f"{path} holds neither a model (config.json) nor a training run (run.json)")
-    about = read_json(path / CONFIG, "headwise-model", VERSION)
-    return _text(about, "line", path / CONFIG), read_tensors(path / MODEL), path / MODEL
+def _load_own(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
+    return _filled(_own_spec(path), read_tensors(path / MODEL), path / MODEL, device, dtype)
 
 
-def _run(path: Path) -> tuple[str, dict[str, Tensor], Path]:
-    about = read_json(path / "run.json", "headwise-run", VERSION)
-    line = _text(about, "resolved_line", path / "run.json")
-    problem = "it has no checkpoint yet"
+def _load_run(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
+    spec, problem = _run_spec(path), "it has no checkpoint yet"
     for checkpoint in reversed(list_checkpoints(path / "checkpoints")):
         try:
-            return line, read_checked_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL
+            tensors = read_checked_tensors(checkpoint, MODEL, read_state(checkpoint))
         except FormatError as error:
             problem = str(error)
+        else:
+            return _filled(spec, tensors, checkpoint / MODEL, device, dtype)
     raise FormatError(f"{path} is a training run without a whole checkpoint: {problem}")
 
 
-def _text(about: dict[str, Any], name: str, where: Path) -> str:
-    if not isinstance(about.get(name), str):
-        raise FormatError(f"{where} is damaged: {name!r} is missing or no text")
-    return about[name]
+def _filled(
+    spec: ModelSpec,
+    tensors: dict[str, Tensor],
+    where: Path,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> LanguageModel:
+    """The module of a line with these tensors, which bear its own names."""
+    module = build(spec, device="meta")
+    check_fits(module_tensors(module), tensors, where)
+    assign(module, tensors.items(), device, dtype or common_dtype(tensors))
+    return module.eval()

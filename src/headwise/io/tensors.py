@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+MOST_COPIED = 1 << 20  # bytes of a tensor
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file (any dtype, any device; copied to contiguous memory). `OSError` where the disk fails."""
     try:
@@ -92,10 +95,17 @@ def assign(
     """
     names = {shared[0]: shared for shared, _ in _shared(module)}
     for name, tensor in tensors:
-        made = torch.nn.Parameter(tensor.to(device, dtype if tensor.is_floating_point() else None))
+        made = torch.nn.Parameter(_aligned(tensor.to(device, dtype if tensor.is_floating_point() else None)))
         for each in names[name]:
             owner, _, leaf = each.rpartition(".")
             setattr(module.get_submodule(owner), leaf, made)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is small and lies across cache lines, as it may in a file: kernels then round other
+    sums than in memory of torch's own, and a model saved and loaded should compute the same to the bit."""
+    astray = tensor.device.type == "cpu" and tensor.data_ptr() % 64 and tensor.nbytes <= MOST_COPIED
+    return tensor.clone() if astray else tensor
 
 
 def common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
