@@ -24,8 +24,9 @@ from dataclasses import dataclass
 class Dims:
     """The widths that every component of one model shares; what a mechanism may ask of its surroundings.
 
-    `bias` and `dropout` are the model's defaults: a component whose own field is None takes them. `norm_eps` is the ε
-    of the model's norms, which norms inside a component share; None leaves it to them.
+    `bias` and `dropout` are the model's defaults: a component whose own field is None takes them. `norm_eps` and
+    `norm_unit_offset` are those of the model's norms, which norms inside a component follow; an ε of None leaves it to
+    them.
     """
 
     d_model: int
@@ -36,6 +37,7 @@ class Dims:
     bias: bool = False
     dropout: float = 0.0
     norm_eps: float | None = None
+    norm_unit_offset: bool = False
 
     @property
     def head_dim(self) -> int:

@@ -150,7 +150,7 @@ def heads_of(attention: nn.Module) -> Heads | None:
     (q, bq), (k, bk), (v, bv) = split(wq, H), split(wk, K), split(wv, K)
     if hasattr(layer, "q_norm"):
         # The norm makes each head D long: its gain stands for the size, the map for the direction.
-        gain_q, gain_k = (norm.weight.double().view(-1, D) for norm in (layer.q_norm, layer.k_norm))
+        gain_q, gain_k = (norm.gain().double().view(-1, D) for norm in (layer.q_norm, layer.k_norm))
         q, k, bq, bk = q * gain_q[..., None], k * gain_k[..., None], bq * gain_q, bk * gain_k
     size = layer.scale * D**0.5
     q, bq = q * size, bq * size
@@ -185,8 +185,9 @@ def _keep_scores(new: Any, old: Any) -> None:
     """Where two layers multiply q·k by different scales, put the difference into the queries taken over."""
     if new.spec.takes_scale and old.spec.takes_scale and new.scale != old.scale:
         queries = next(getattr(new, name) for name in ("wq_b", "q_norm", "wq") if hasattr(new, name))
+        stored_as = float(getattr(queries, "unit_offset", False))  # gains less 1
         for tensor in queries.parameters():
-            tensor.mul_(old.scale / new.scale)
+            tensor.add_(stored_as).mul_(old.scale / new.scale).sub_(stored_as)
 
 
 def fit_output(new: nn.Module, run: Callable[[], Tensor], wanted_BTC: Tensor) -> bool:

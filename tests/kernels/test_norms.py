@@ -31,6 +31,16 @@ def test_rmsnorm_in_half_precision_is_computed_in_float32() -> None:
     torch.testing.assert_close(y, torch.ones(1, 64, dtype=torch.float16))
 
 
+def test_weights_stored_as_their_distance_from_one() -> None:
+    plain, offset = (get_norm("rmsnorm", d_model=64, unit_offset=each) for each in (False, True))
+    x = torch.randn(50, 64)
+    assert torch.equal(plain(x), offset(x))
+    torch.nn.init.normal_(offset.weight)
+    torch.testing.assert_close(offset(x), plain(x) * (1 + offset.weight))
+    half = offset.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(half, (plain(x.bfloat16().float()) * (1 + offset.weight.float())).bfloat16())
+
+
 def test_layernorm_without_bias_has_none() -> None:
     assert get_norm("layernorm", d_model=8, bias=False).bias is None
 

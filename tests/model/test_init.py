@@ -46,8 +46,8 @@ def assert_std(name: str, tensor: Tensor, std: float) -> None:
     assert abs(tensor.mean().item()) < 5 * std / math.sqrt(n), name
 
 
-def assert_norms_and_biases(name: str, tensor: Tensor) -> None:
-    expected = {"norm weight": 1.0, "norm bias": 0.0, "bias": 0.0}[role(name)]
+def assert_norms_and_biases(name: str, tensor: Tensor, spec: ModelSpec) -> None:
+    expected = {"norm weight": 1.0 - spec.dims.norm_unit_offset, "norm bias": 0.0, "bias": 0.0}[role(name)]
     assert torch.equal(tensor, torch.full_like(tensor, expected)), name
 
 
@@ -72,13 +72,14 @@ def test_normal_and_gpt2(scheme: str, std: float, line: str) -> None:
             case "residual":
                 assert_std(name, tensor, std / math.sqrt(2 * 3) if scheme == "gpt2" else std)
             case _:
-                assert_norms_and_biases(name, tensor)
+                assert_norms_and_biases(name, tensor, spec)
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_xavier(line: str) -> None:
     """Uniform up to √(6/(in+out)), and embeddings that have unit size after the factor √C of 2017."""
-    for name, tensor in tensors(parse(line).replace(init="xavier")).items():
+    spec = parse(line).replace(init="xavier")
+    for name, tensor in tensors(spec).items():
         match role(name):
             case "embedding":
                 assert_std(name, tensor, 96**-0.5)
@@ -87,7 +88,7 @@ def test_xavier(line: str) -> None:
                 assert 0.99 * bound < tensor.abs().max() <= bound, name
                 assert_std(name, tensor, bound / math.sqrt(3))
             case _:
-                assert_norms_and_biases(name, tensor)
+                assert_norms_and_biases(name, tensor, spec)
 
 
 def test_every_scheme_is_tested_and_presets_name_theirs() -> None:

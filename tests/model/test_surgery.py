@@ -72,6 +72,7 @@ def same_logits(a: LanguageModel, b: LanguageModel, atol: float = 1e-5) -> None:
         (f"llama({WIDTHS})", {"attention": "gated(gate=headwise)", "layers": "0,2"}),
         (f"gpt2({WIDTHS}, attention=gqa(kv_heads=2, scale=0.5))", {"attention": "gqa(kv_heads=2)"}),
         (f"llama({WIDTHS}, attention=softmax(qk_norm=true))", {"attention": "window(64, qk_norm=true, scale=0.7)"}),
+        (f"gemma({WIDTHS}, attention=softmax(qk_norm=true))", {"attention": "softmax(qk_norm=true, scale=0.7)"}),
         (f"llama({WIDTHS}, attention=mqa(qk_norm=full))", {"attention": "gqa(kv_heads=2, qk_norm=full, scale=0.7)"}),
         (f"llama({WIDTHS}, attention=mla(q_lora_rank=9))", {"attention": "mla(q_lora_rank=9, scale=0.1)"}),
         (f"gpt2({WIDTHS})", {"ffn": "mlp(gelu_tanh, d_ff=200)"}),  # more neurons than before

@@ -156,13 +156,18 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
 class HeadNorm(nn.Module):
     """An RMSNorm over each head's queries or keys (Qwen 3), or over those of all heads side by side (OLMo 2)."""
 
-    def __init__(self, width: int, eps: float | None = None) -> None:
+    def __init__(self, width: int, eps: float | None = None, unit_offset: bool = False) -> None:
         super().__init__()
         self.eps = 1e-6 if eps is None else eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.unit_offset = unit_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - unit_offset))
+
+    def gain(self) -> Tensor:
+        """What the normed numbers are multiplied by."""
+        return self.weight + self.unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
 
 class Attention(nn.Module):
@@ -187,7 +192,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(H * D, dims.d_model, bias=spec.has_out_bias(dims))
         if spec.qk_norm:
             widths = (H * E, K * E) if spec.qk_norm == "full" else (E, E)
-            self.q_norm, self.k_norm = (HeadNorm(width, dims.norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (HeadNorm(w, dims.norm_eps, dims.norm_unit_offset) for w in widths)
         self.scale = spec.scale_in_force(dims)
         scores = spec if isinstance(spec, ScoreSpec) else None
         self.softcap = scores.softcap if scores else None

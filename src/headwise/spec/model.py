@@ -133,6 +133,7 @@ class ModelSpec(BaseModel):
             bias=self.bias,
             dropout=self.dropout,
             norm_eps=getattr(self.norm.at(0), "eps", None),
+            norm_unit_offset=getattr(self.norm.at(0), "unit_offset", False),
         )
 
     @property

@@ -143,7 +143,7 @@ PRESETS: dict[str, Preset] = {
         {
             "attention": {"kind": "softmax", "kv_heads": 1},
             "position": "rope",
-            "norm": "rmsnorm",
+            "norm": {"kind": "rmsnorm", "unit_offset": True},
             "ffn": "geglu_tanh",
             "tie_embeddings": True,
             "scale_embeddings": True,
