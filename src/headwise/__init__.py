@@ -31,6 +31,7 @@ _HOMES = {
     "train": "headwise.train",
     "resume": "headwise.train",
     "generate": "headwise.generate",
+    "Engine": "headwise.generate.engine",
     "compare": "headwise.lab.compare",
     "bench": "headwise.lab.bench",
     **dict.fromkeys(
@@ -47,6 +48,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.generate import generate as generate
+    from headwise.generate.engine import Engine as Engine
     from headwise.io.attention_interface import register_with_transformers as register_with_transformers
     from headwise.io.pretrained import load as load
     from headwise.io.pretrained import save_pretrained as save_pretrained
