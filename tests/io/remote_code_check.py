@@ -51,5 +51,18 @@ def check(folder: str) -> dict[str, Any]:
     }
 
 
+def harness(folder: str, pairs: list[tuple[str, str]]) -> list[float]:
+    """The log-probability of each second text after the first, as lm-eval takes it."""
+    warnings.simplefilter("ignore")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=folder, trust_remote_code=True, batch_size=2, device="cpu")
+    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    return [logprob for logprob, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+
+
 if __name__ == "__main__":
-    print(json.dumps([check(folder) for folder in sys.argv[1:]]))
+    folders, pairs = sys.argv[1:-1], json.loads(sys.argv[-1])
+    found = [check(folder) for folder in folders]
+    print(json.dumps({"checks": found, "harness": harness(folders[-1], [(a, b) for a, b in pairs])}))

@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import headwise as hw
+from headwise.data.portable import portable
+from headwise.data.tokenizers import ByteTokenizer
 from headwise.errors import FormatError
 from headwise.io.remote_code import save_with_code
 from headwise.registry import ATTENTION
 
 CHECK = Path(__file__).with_name("remote_code_check.py")
 N_NEW = 6
+TOKENIZER = ByteTokenizer(eos=True)
 WIDTHS = "d_model=32, n_layers=2, n_heads=4, vocab_size=40, max_seq_len=64"
 LINES = (
     f"llama({WIDTHS}, attention=w2)",
@@ -49,7 +52,7 @@ def save_case(line: str, folder: Path) -> None:
 
 def test_a_line_runs_in_transformers_without_headwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and loss to the bit, greedy decoding with and without cache and with padding, beams; a mechanism from a
-    user's own file comes along."""
+    user's own file comes along. lm-eval takes the last of the folders with its tokenizer."""
     own = tmp_path / "my_mechanisms.py"
     own.write_text(OWN_MECHANISM, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("my_mechanisms", own)
@@ -61,18 +64,31 @@ def test_a_line_runs_in_transformers_without_headwise(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ATTENTION, "_entries", dict(ATTENTION._entries))
     spec.loader.exec_module(module)
 
-    lines = [*LINES, f"llama({WIDTHS}, attention=halved(factor=0.3))"]
+    lines = [*LINES, f"llama({WIDTHS.replace('vocab_size=40', 'vocab_size=257')}, attention=halved(factor=0.3))"]
     folders = [str(tmp_path / str(n)) for n in range(len(lines))]
     for line, folder in zip(lines, folders):
         save_case(line, Path(folder))
+    with_tokenizer = Path(folders[-1])
+    portable(TOKENIZER).save(with_tokenizer)
+    pairs = [("The capital of", " France"), ("a", "bc de")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
-        [sys.executable, CHECK, *folders], capture_output=True, text=True, env=environment, check=False
-    )
+        [sys.executable, CHECK, *folders, json.dumps(pairs)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for line, found in zip(lines, json.loads(done.stdout.splitlines()[-1])):
+    answer = json.loads(done.stdout.splitlines()[-1])
+    for line, found in zip(lines, answer["checks"]):
         assert found.pop("type") == "HeadwiseForCausalLM"
         assert all(found.values()), (line, found)
+    model = hw.build(lines[-1], seed=3).eval()
+    for p in model.parameters():
+        p.data.mul_(3.0)
+    for (context, text), logprob in zip(pairs, answer["harness"]):
+        ids = torch.tensor([TOKENIZER.encode(context + text).tolist()])
+        with torch.inference_mode():
+            logs = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        assert logprob == pytest.approx(float(logs[-len(text) :].sum()), rel=1e-5)
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
