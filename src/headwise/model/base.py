@@ -150,6 +150,11 @@ class LanguageModel(nn.Module, ABC):
         x_BTC = stack.place(self.embedding_norm(x_BTC), positions, seq_len)
         return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
 
+    def logits(self, y_BTC: Tensor) -> Tensor:
+        """What the head makes of the stack's vectors: float [B,T,V], bent by the soft cap c to c·tanh(x/c)."""
+        logits_BTV, cap = self.head(y_BTC), self.spec.logit_softcap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+
 
 def check_ids(ids: Tensor, name: str = "ids") -> None:
     """Refuse token ids that are not int64 [B,T] with at least one token.

@@ -54,4 +54,4 @@ class Decoder(LanguageModel):
             positions, pair = segment_positions(keys_BS)[:, past:], (keys_BS[:, past:], keys_BS)
         x_BTC = self.embed(ids_BT, self.stack, positions, past + T)
         y_BTC = self.stack(x_BTC, positions, segments=pair, cache=cache)
-        return self.head(y_BTC[:, -1:] if last else y_BTC)
+        return self.logits(y_BTC[:, -1:] if last else y_BTC)

@@ -82,4 +82,4 @@ class EncoderDecoder(LanguageModel):
             memory_BSC=memory[0] if memory is not None else None,
             memory_segments=memory_pair,
         )
-        return self.head(y_BTC[:, -1:] if last else y_BTC)
+        return self.logits(y_BTC[:, -1:] if last else y_BTC)

@@ -44,6 +44,7 @@ class ModelSpec(BaseModel):
         order: where the norms stand: pre, post, sandwich, reordered or parallel (see `model/block.py`).
         bias, dropout: defaults for components that leave theirs open.
         tie_embeddings: the output head shares the token embedding's matrix; `head_bias` gives it a bias.
+        logit_softcap: c bends logits x to c·tanh(x/c) (Gemma 2).
         scale_embeddings: token embeddings are multiplied by √d_model; `embedding_norm`: and normalised.
         init, init_std: the initialisation's name and width (see `model/init.py`).
     """
@@ -68,6 +69,7 @@ class ModelSpec(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = False
     head_bias: bool = False
+    logit_softcap: float | None = Field(None, gt=0)
     scale_embeddings: bool = False
     embedding_norm: bool = False
     init: Literal["gpt2", "normal", "xavier"] = "gpt2"
