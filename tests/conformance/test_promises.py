@@ -58,7 +58,7 @@ def test_cached_decoding_in_any_chunking_equals_the_full_pass(causal_line: str, 
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(causal_line: str) -> None:
     model, ids = model_of(causal_line), tokens(1, T)
-    cache = model.new_cache()
+    cache = model.new_cache("contiguous")
     model(ids, cache=cache)
     if any(isinstance(layer, RecurrentCache) for layer in cache.layers):
         with pytest.raises(HeadwiseError, match="crop to 0"):

@@ -205,25 +205,27 @@ def test_flops_grow_with_the_context_as_the_mask_says() -> None:
 
 CACHED = ["llama", "gpt2", "qwen3", "gemma", "llama(attention=mqa, n_layers=3)", "mistral", "transformer"]
 CACHED += ["llama(attention=pattern(window(5), gqa(kv_heads=2, head_dim=8)), n_layers=3)"]
+CACHED += [
+    "llama(attention=pattern(window(4, dilation=3), window(5, sink_tokens=3)))",
+    "llama(attention=longformer(7, 2))",
+]
+CACHED += ["llama(attention=pattern(mla, tva(3), w2))"]
 
 
 @pytest.mark.parametrize("line", CACHED)
 def test_cache_bytes_are_those_a_cache_holds(line: str) -> None:
-    """In bfloat16, 2 bytes a number. A window needs only its last tokens; the plain cache keeps the others too."""
+    """In bfloat16, 2 bytes a number. After a prompt there is no spare room; a window needs only its last tokens, and
+    the plain cache keeps the others too."""
     T = 40
     spec = parse(line).replace(d_model=32, n_heads=4, vocab_size=29, max_seq_len=64).resolve("50k")
-    assert spec.n_layers is not None
     model = build(spec, dtype=torch.bfloat16).eval()
-    cache = model.new_cache()
+    own, plain = model.new_cache(), model.new_cache("contiguous")
     with torch.no_grad():
-        model(torch.arange(T)[None] % 29, cache=cache)
+        for cache in (own, plain):
+            model(torch.arange(T)[None] % 29, cache=cache)
     counts = count(spec, context=T)
-    assert counts.kv_bytes_per_token * T == cache.n_bytes
-    windows = [a.window for a in map(spec.attention.at, range(spec.n_layers)) if hasattr(a, "window") and a.window < T]
-    if not windows:
-        assert counts.kv_cache_bytes == cache.n_bytes
-    forgotten = sum(2 * 2 * 4 * 8 * (T - window) for window in windows)
-    assert counts.kv_cache_bytes == cache.n_bytes - forgotten
+    assert own.n_bytes == own.report().used_bytes == counts.kv_cache_bytes
+    assert plain.n_bytes == counts.kv_bytes_per_token * T
 
 
 def test_an_encoder_keeps_no_cache() -> None:

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from headwise.cache import AnyLayerCache, LayerCache
+from headwise.cache import AnyLayerCache, Needs, TokenCache, new_layer_cache
 from headwise.dims import Dims
 from headwise.errors import Problem, SpecError, short
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
 from headwise.kernels.rms_norm import rms_norm
-from headwise.kernels.segments import Pattern, keep_by
-from headwise.position import Encoding
+from headwise.kernels.segments import Pattern, keep_by, segment_positions
+from headwise.kernels.together import products
+from headwise.position import Encoding, SomeKeys
 from headwise.registry import ComponentSpec
 
 
@@ -140,12 +141,25 @@ class Context(NamedTuple):
         encoding: the position code, made ready for this pass's tokens.
         segments: int64 (queries [B,T], keys [B,S]); a token sees only keys of its own segment.
         cache: where this layer keeps what later tokens need.
+        positions: the keys' places in their segments, int64 [S] or [B,S], where these are not all that went before.
     """
 
     causal: bool = False
     encoding: Encoding = Encoding()
     segments: tuple[Tensor, Tensor] | None = None
     cache: AnyLayerCache | None = None
+    positions: Tensor | None = None
+
+    def of_keys_in(self, cache: TokenCache) -> Context:
+        """The same for the keys that a cache has handed over, which may be some of all, or rows of unequal length."""
+        segments, places = self.segments or cache.padding, cache.places
+        if places is None:
+            return self._replace(segments=segments)
+        positions = places
+        if segments is not None:
+            positions = segment_positions(segments[1])[:, places]
+            segments = (segments[0], segments[1][:, places])
+        return self._replace(encoding=SomeKeys(self.encoding, places), segments=segments, positions=positions)
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -174,11 +188,14 @@ class Attention(nn.Module):
     """Projections around a mechanism's `attend`.
 
     `wq`: C → H·E, `wk`: C → K·E, `wv`: C → K·D, `wo`: H·D → C; E is the spec's `key_dim`, by default D. `window` is how
-    many keys a query sees; None: all. `pattern` says which of them, by positions in the segment; None: each.
+    many keys a query sees; None: all. `pattern` says which of them, by positions in the segment; None: each. `direct`
+    marks a layer whose queries meet its keys as `sdpa.attention` has it, so that a cache may do that itself.
     """
 
+    side_by_side: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # maps of one input
     window: int | None = None
     pattern: Pattern | None = None
+    direct: bool = False
     sink: nn.Parameter | None
 
     def __init__(self, spec: AttentionSpec, dims: Dims) -> None:
@@ -194,15 +211,20 @@ class Attention(nn.Module):
             widths = (H * E, K * E) if spec.qk_norm == "full" else (E, E)
             self.q_norm, self.k_norm = (HeadNorm(w, dims.norm_eps, dims.norm_unit_offset) for w in widths)
         self.scale = spec.scale_in_force(dims)
+        self.direct = type(self).attend is Attention.attend and type(self).fast is Attention.fast
         scores = spec if isinstance(spec, ScoreSpec) else None
         self.softcap = scores.softcap if scores else None
         self.register_parameter("sink", nn.Parameter(torch.zeros(H)) if scores and scores.sink else None)
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
 
-    def new_cache(self) -> AnyLayerCache:
-        """An empty cache of the kind this layer decodes with."""
-        return LayerCache()
+    def cache_needs(self) -> Needs:
+        """What this layer asks of a cache: here to keep the keys and values of every token."""
+        return Needs(self.spec.kind, window=self.window)
+
+    def new_cache(self, kind: str = "auto", **options: Any) -> AnyLayerCache:
+        """An empty cache for this layer, by default of the kind it decodes best with. Raises as `new_layer_cache`."""
+        return new_layer_cache(self.cache_needs(), kind, **options)
 
     def forward(
         self,
@@ -224,11 +246,25 @@ class Attention(nn.Module):
         """
         context = context or Context()
         q_BHTE, k_BKSE, v_BKSD = self._heads(x_BTC, context, memory_BSC)
-        if context.cache is not None:
-            assert isinstance(context.cache, LayerCache)
-            k_BKSE, v_BKSD = context.cache.append(k_BKSE, v_BKSD)
-        y_BHTD, weights = self.attend(q_BHTE, k_BKSE, v_BKSD, context, attn_mask, return_attention_weights)
+        y_BHTD = weights = None
+        if isinstance(cache := context.cache, TokenCache):
+            if self.direct and attn_mask is None and not return_attention_weights:
+                y_BHTD = self.attend_in(cache, q_BHTE, (k_BKSE, v_BKSD), context)
+            if y_BHTD is None:
+                k_BKSE, v_BKSD = cache.append(k_BKSE, v_BKSD, segments_BS=context.segments and context.segments[1])
+                context = context.of_keys_in(cache)
+        if y_BHTD is None:
+            y_BHTD, weights = self.attend(q_BHTE, k_BKSE, v_BKSD, context, attn_mask, return_attention_weights)
         return self._out(self.gate(y_BHTD.transpose(1, 2).flatten(2), x_BTC)), weights
+
+    def attend_in(self, cache: TokenCache, q_BHTE: Tensor, new: tuple[Tensor, ...], context: Context) -> Tensor | None:
+        """[B,H,T,D] where the cache itself lets queries meet the tokens it keeps; else None, and nothing is stored."""
+        if naive_wanted() or context.segments is not None or (self.training and self.dropout):
+            return None
+        return cache.attend(
+            q_BHTE, new, scale=self.scale, window=self.window, softcap=self.softcap, sink_H=self.sink,
+            bias_factors=context.encoding.bias_factors(q_BHTE),
+        )  # fmt: skip
 
     def gate(self, y_BTF: Tensor, x_BTC: Tensor) -> Tensor:
         """The heads' outputs side by side [B,T,H·D] as they go into `wo`; here as they are."""
@@ -262,8 +298,10 @@ class Attention(nn.Module):
     def _project(self, x_BTC: Tensor, source_BSC: Tensor) -> tuple[Tensor, ...]:
         """Queries [B,T,H·E] of x, keys [B,S,K·E] and values [B,S,K·D] of the source."""
         maps = (self.wq, self.wk, self.wv)
-        if source_BSC is not x_BTC or not torch.is_grad_enabled():
+        if source_BSC is not x_BTC:
             return tuple(w(h_BTC) for w, h_BTC in zip(maps, (x_BTC, source_BSC, source_BSC)))
+        if not torch.is_grad_enabled() or not isinstance(self.wq, nn.Linear):
+            return products(x_BTC, *maps)
         # In training one product with the maps side by side is worth a copy of the weights: about 2 % of a small
         # model's step. In decoding the copy would double the traffic of memory.
         weight = torch.cat([w.weight for w in maps])
@@ -286,7 +324,9 @@ class Attention(nn.Module):
         encoding, T, S = context.encoding, q_BHTD.shape[2], k_BKSD.shape[2]
         if not naive_wanted() and not need_weights:
             return self.fast(q_BHTD, k_BKSD, v_BKSD, context, attn_mask), None
-        keep = keep_by(self.pattern, T, S, context.segments, q_BHTD.device)(0, T) if self.pattern else None
+        keep = None
+        if self.pattern is not None:
+            keep = keep_by(self.pattern, T, S, context.segments, q_BHTD.device, context.positions)(0, T)
         y, weights = naive.attention(
             q_BHTD, k_BKSD, v_BKSD, scale=self.scale, causal=context.causal, window=self.window,
             keep=keep, softcap=self.softcap, sink_H=self.sink, bias_HTS=encoding.bias(q_BHTD, 0, T),
@@ -300,7 +340,8 @@ class Attention(nn.Module):
         """What `attend` computes, on the fused kernel; a pattern is looked up here, a block of rows at a time."""
         keep = None
         if self.pattern is not None:
-            keep = keep_by(self.pattern, q_BHTE.shape[2], k_BKSE.shape[2], context.segments, q_BHTE.device)
+            T, S = q_BHTE.shape[2], k_BKSE.shape[2]
+            keep = keep_by(self.pattern, T, S, context.segments, q_BHTE.device, context.positions)
         return sdpa.attention(
             q_BHTE, k_BKSE, v_BKSD, window=self.window, keep=keep, segments=context.segments, attn_mask=attn_mask,
             **self.scores(q_BHTE, context),

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from headwise.attention.base import Attention, AttentionSpec, Context
+from headwise.cache import Needs
 from headwise.dims import Dims
 from headwise.kernels.attention import sdpa
 from headwise.kernels.sparse_attention import naive
@@ -55,6 +56,9 @@ class LongformerAttention(Attention):
     def __init__(self, spec: LongformerSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         self.pattern = partial(naive.longformer, window=spec.window, global_tokens=spec.global_tokens)
+
+    def cache_needs(self) -> Needs:
+        return Needs(self.spec.kind, window=self.spec.window, first=self.spec.global_tokens)
 
     def fast(
         self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, context: Context, attn_mask: Tensor | None

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headwise.attention.base import Attention, AttentionSpec, Context, HeadNorm, split_heads
-from headwise.cache import LayerCache
+from headwise.cache import Needs, TokenCache
 from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
@@ -120,6 +120,7 @@ class MLAAttention(Attention):
         absorbed: whether to use the absorbed form; None chooses the cheaper one for each call.
     """
 
+    read_as_matrices: ClassVar[tuple[str, ...]] = ("wkv_b",)  # not only applied, so never quantised
     absorbed: bool | None = None
 
     def __init__(self, spec: MLASpec, dims: Dims) -> None:
@@ -161,9 +162,9 @@ class MLAAttention(Attention):
         if memory_BSC is None:
             q_rope, k_rope = self.place(q_rope, context.encoding), self.place(k_rope, context.encoding)
         kept_B1SL = torch.cat([self.kv_norm(c_B1Sr), k_rope], dim=-1)
-        if context.cache is not None:
-            assert isinstance(context.cache, LayerCache)
-            (kept_B1SL,) = context.cache.append(kept_B1SL)
+        if isinstance(cache := context.cache, TokenCache):
+            (kept_B1SL,) = cache.append(kept_B1SL, segments_BS=context.segments and context.segments[1])
+            context = context.of_keys_in(cache)
         readable = naive_wanted() or return_attention_weights
         weights = None
         if not readable and self._absorbs(x_BTC.shape[1], kept_B1SL.shape[2], context.causal):
@@ -179,6 +180,9 @@ class MLAAttention(Attention):
             else:
                 y_BHTD = self._fast(q_BHTE, k_BHSE, v_BHSD, context, attn_mask)
         return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights if return_attention_weights else None
+
+    def cache_needs(self) -> Needs:
+        return Needs(self.spec.kind, "latent")
 
     def _absorbs(self, n_queries: int, n_keys: int, causal: bool) -> bool:
         """Whether the absorbed form multiplies less."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.base import Attention, AttentionSpec, Context
-from headwise.cache import RecurrentCache
+from headwise.cache import Needs, RecurrentCache
 from headwise.dims import Dims
 from headwise.errors import HeadwiseError, Problem
 from headwise.kernels.rms_norm import rms_norm
@@ -72,9 +72,9 @@ class Recurrence(Attention, ABC):
 
     spec: RecurrenceSpec
 
-    def new_cache(self) -> RecurrentCache:
-        """An empty state."""
-        return RecurrentCache()
+    def cache_needs(self) -> Needs:
+        """One state, whatever the number of tokens."""
+        return Needs(self.spec.kind, "recurrent")
 
     def forward(
         self,

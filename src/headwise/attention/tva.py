@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headwise.attention.base import Attention, AttentionSpec
+from headwise.cache import Needs
 from headwise.dims import Dims
 from headwise.errors import HeadwiseError, Problem, SpecError
 from headwise.kernels import naive_wanted
@@ -129,6 +130,9 @@ class TVA(Attention):
             self.wo = nn.Linear(H * width, C, bias=spec.has_out_bias(dims))
         if not spec.folded:
             self.vein = vein or VeinProjector(width, spec.rank, spec.implementation, spec.init_method, spec.tied_start)
+
+    def cache_needs(self) -> Needs:
+        return Needs(self.spec.kind, "latent")
 
     def _project(self, x_BTC: Tensor, source_BSC: Tensor) -> tuple[Tensor, ...]:
         """Queries [B,T,H·r] of x, keys and values [B,S,K·r] of the source, in the vein."""

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from headwise.attention.base import Attention, Context, ScoreSpec
+from headwise.cache import Needs
 from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels.attention import sdpa
@@ -78,11 +79,15 @@ class WindowAttention(Attention):
     def __init__(self, spec: WindowSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         if spec.dilation == 1 and not spec.sink_tokens:
-            self.window = spec.window
+            self.window, self.direct = spec.window, True
         else:
             self.pattern = partial(
                 naive.window, window=spec.window, dilation=spec.dilation, sink_tokens=spec.sink_tokens
             )
+
+    def cache_needs(self) -> Needs:
+        spec = self.spec
+        return Needs(spec.kind, window=(spec.window - 1) * spec.dilation + 1, first=spec.sink_tokens)
 
     def fast(
         self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, context: Context, attn_mask: Tensor | None

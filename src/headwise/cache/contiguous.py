@@ -1,22 +1,29 @@
-"""The plain cache: one growing block of keys and one of values a layer (document 002)."""
+"""The plain caches: one block of keys and one of values a layer, growing or of a fixed size (document 002)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from headwise.cache.base import TokenCache
+from headwise.errors import HeadwiseError
 
-class LayerCache:
+
+class LayerCache(TokenCache):
     """Keys [B,K,S,D] and values [B,K,S,D] of one layer, in buffers that double when full."""
 
+    kind = "contiguous"
+
     def __init__(self) -> None:
-        self.length = 0
+        super().__init__()
         self._buffers: list[Tensor] = []
 
-    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+    def append(self, *new: Tensor, segments_BS: Tensor | None = None) -> tuple[Tensor, ...]:
         """Store tensors [B,K,T,·] after those held and return everything held, each [B,K,S,·]."""
         stop = self.length + new[0].shape[2]
         if not self._buffers or stop > self._buffers[0].shape[2]:
-            capacity = max(stop, 2 * self.length, 16)
+            capacity = self._capacity(stop)
             grown = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in new]
             for buffer, old in zip(grown, self._buffers):
                 buffer[:, :, : self.length] = old[:, :, : self.length]
@@ -26,15 +33,53 @@ class LayerCache:
         self.length = stop
         return tuple(buffer[:, :, :stop] for buffer in self._buffers)
 
+    def held(self) -> tuple[Tensor, ...]:
+        """Everything held, each [B,K,S,·]; empty before the first token."""
+        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
+
+    def _capacity(self, stop: int) -> int:
+        """Tokens the next buffers have room for, `stop` at least."""
+        return max(stop, 2 * self.length, 16)
+
     def crop(self, length: int) -> None:
-        """Forget every position from `length` on."""
         self.length = min(self.length, length)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the rows int64 [B'] of the batch, in this order; a row may come several times or never."""
-        self._buffers = [buffer[rows.to(buffer.device)] for buffer in self._buffers]
+    def tensors(self) -> list[Tensor]:
+        return self._buffers
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._buffers = [change(t) for t in self._buffers]
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes held, spare capacity included."""
-        return sum(b.numel() * b.element_size() for b in self._buffers)
+    def used_bytes(self) -> int:
+        return self.n_bytes * self.length // self._buffers[0].shape[2] if self._buffers else 0
+
+
+class LatentCache(LayerCache):
+    """The same for what low-rank attention keeps: MLA's latents and shared rotated keys [B,1,S,r+D_R], or keys and
+    values inside a vein (TVA), r numbers a head each.
+    """
+
+    kind = "latent"
+
+
+class StaticCache(LayerCache):
+    """Room for `max_len` tokens from the first on: nothing moves, and memory does not depend on the text.
+
+    Raises:
+        HeadwiseError: a token has no room.
+    """
+
+    kind = "static"
+
+    def __init__(self, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+
+    def _capacity(self, stop: int) -> int:
+        if stop > self.max_len:
+            raise HeadwiseError(
+                f"a static cache with room for max_len={self.max_len} tokens cannot hold {stop}; "
+                "make it larger, or take the kind contiguous, which grows"
+            )
+        return self.max_len

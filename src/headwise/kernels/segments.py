@@ -21,9 +21,22 @@ def segment_positions(segments_BS: Tensor) -> Tensor:
     return index - (index * starts).cummax(dim=1).values
 
 
-def keep_by(pattern: Pattern, T: int, S: int, segments: tuple[Tensor, Tensor] | None, device: torch.device) -> Keep:
-    """What a pattern keeps of S keys for the last T of their positions; segments are (queries [B,T], keys [B,S])."""
-    positions = torch.arange(S, device=device) if segments is None else segment_positions(segments[1])[:, None]
+def keep_by(
+    pattern: Pattern,
+    T: int,
+    S: int,
+    segments: tuple[Tensor, Tensor] | None,
+    device: torch.device,
+    positions: Tensor | None = None,
+) -> Keep:
+    """What a pattern keeps of S keys for the last T of their positions; segments are (queries [B,T], keys [B,S]).
+
+    `positions`, int64 [S] or [B,S], are the keys' places in their segments where they do not simply follow each other.
+    """
+    if positions is None:
+        positions = torch.arange(S, device=device) if segments is None else segment_positions(segments[1])
+    if positions.dim() == 2:
+        positions = positions[:, None]
 
     def keep(start: int, stop: int) -> Tensor:
         return pattern(positions[..., S - T + start : S - T + stop, None], positions[..., None, :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headwise.attention import AttentionSpec, Context
-from headwise.cache import ModelCache
+from headwise.cache import ModelCache, Placed, new_model_cache
 from headwise.errors import HeadwiseError
 from headwise.kernels.segments import segment_positions as segment_positions
 from headwise.model.block import Block
@@ -42,9 +43,10 @@ class Stack(nn.Module):
             x_BTC = code.embed(x_BTC, positions)
         return x_BTC
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache for these blocks, each layer's of the kind its attention asks for."""
-        return ModelCache(block.attention.new_cache() for block in self.blocks)  # type: ignore[operator, union-attr]
+    def new_cache(self, kind: str = "auto", **options: Any) -> ModelCache:
+        """An empty cache for these blocks. Raises as `new_model_cache`."""
+        needs = [block.attention.cache_needs() for block in self.blocks]  # type: ignore[operator, union-attr]
+        return new_model_cache(needs, kind, **options)
 
     def _codes(self) -> Sequence[Position]:
         return list(self.positions)  # type: ignore[arg-type]
@@ -52,26 +54,24 @@ class Stack(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        positions: Tensor,
+        placed: Placed,
         *,
-        segments: tuple[Tensor, Tensor] | None = None,
         cache: ModelCache | None = None,
         memory_BSC: Tensor | None = None,
         memory_segments: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Run the blocks on new tokens at `positions`; `memory_BSC` is what cross-attention looks at."""
-        seq_len = x_BTC.shape[1] + (cache.length if cache is not None else 0)
+        """Run the blocks on new tokens that stand as `placed` says; `memory_BSC` is what cross-attention looks at."""
         codes = self._codes()
         encodings: dict[tuple[int, int], Encoding] = {}
         memory_context = Context(segments=memory_segments)
         for layer, block in enumerate(self.blocks):
             key = (layer % len(codes), self.rotary_dims[layer])
             if key not in encodings:
-                encodings[key] = codes[key[0]].encode(positions, seq_len, key[1])
+                encodings[key] = codes[key[0]].encode(placed.positions, placed.seq_len, key[1])
             context = Context(
                 causal=self.causal,
                 encoding=encodings[key],
-                segments=segments,
+                segments=placed.segments,
                 cache=cache.layers[layer] if cache is not None else None,
             )
             args = (x_BTC, context, memory_BSC, memory_context)
@@ -103,8 +103,26 @@ class LanguageModel(nn.Module, ABC):
         self.dropout = dims.dropout
 
     @abstractmethod
-    def new_cache(self) -> ModelCache:
-        """An empty cache for decoding."""
+    def _decoding(self) -> Stack:
+        """The blocks that a cache is for."""
+
+    def new_cache(self, kind: str = "auto", **options: Any) -> ModelCache:
+        """An empty cache for decoding; hand it to every call.
+
+        Args:
+            kind: "auto" (each layer's own: rolling for windows, latent, recurrent, else growing), "contiguous"
+                (growing), "static" (room for `max_len` tokens, by default the model's `max_seq_len`), "rolling",
+                "paged" (`block_size`, `num_blocks`; without the latter it grows), "int8" or "int4" (`group_size`,
+                `symmetric`).
+            options: the kind's own; for "auto" `slack`, the tokens that a rolling cache can take back, and
+                `checkpoints`, the earlier states that a recurrent one keeps to be cropped to.
+
+        Raises:
+            SettingsError: an unknown kind or option, a value out of range, or a kind that cannot serve a layer.
+        """
+        if kind == "static":
+            options.setdefault("max_len", self.spec.dims.max_seq_len)
+        return self._decoding().new_cache(kind, **options)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -138,7 +156,7 @@ class LanguageModel(nn.Module, ABC):
         }
         return dict(zip(found, torch.stack(list(found.values())).tolist())) if found else {}
 
-    def embed(self, ids_BT: Tensor, stack: Stack, positions: Tensor, seq_len: int) -> Tensor:
+    def embed(self, ids_BT: Tensor, stack: Stack, placed: Placed) -> Tensor:
         """Token ids, int64 [B,T], to the vectors that enter the stack, float [B,T,C].
 
         Raises:
@@ -147,7 +165,7 @@ class LanguageModel(nn.Module, ABC):
         x_BTC = self.embedding(ids_BT)
         if self.embedding_scale is not None:
             x_BTC = x_BTC * self.embedding_scale
-        x_BTC = stack.place(self.embedding_norm(x_BTC), positions, seq_len)
+        x_BTC = stack.place(self.embedding_norm(x_BTC), placed.positions, placed.seq_len)
         return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
 
     def logits(self, y_BTC: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from headwise.cache import ModelCache
+from headwise.cache import ModelCache, place
 from headwise.errors import HeadwiseError
-from headwise.model.base import LanguageModel, Stack, check_ids, segment_positions
+from headwise.model.base import LanguageModel, Stack, check_ids
 from headwise.spec import ModelSpec
 
 
@@ -18,9 +17,8 @@ class Decoder(LanguageModel):
         super().__init__(spec)
         self.stack = Stack(spec, spec.dims.n_layers, causal=spec.causal)
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache for decoding."""
-        return self.stack.new_cache()
+    def _decoding(self) -> Stack:
+        return self.stack
 
     def forward(
         self,
@@ -43,15 +41,9 @@ class Decoder(LanguageModel):
             HeadwiseError: wrong shapes, more tokens than a learned position table has rows, or a cache for an encoder.
         """
         check_ids(ids_BT)
-        T = ids_BT.shape[1]
         if cache is not None and not self.spec.causal:
             raise HeadwiseError("a bidirectional encoder has no cache: every token sees those after it too")
-        past = cache.length if cache is not None else 0
-        keys_BS = cache.append_segments(segments, T) if cache is not None else segments
-        if keys_BS is None:
-            positions, pair = torch.arange(past, past + T, device=ids_BT.device), None
-        else:
-            positions, pair = segment_positions(keys_BS)[:, past:], (keys_BS[:, past:], keys_BS)
-        x_BTC = self.embed(ids_BT, self.stack, positions, past + T)
-        y_BTC = self.stack(x_BTC, positions, segments=pair, cache=cache)
+        placed = place(ids_BT, segments, cache)
+        x_BTC = self.embed(ids_BT, self.stack, placed)
+        y_BTC = self.stack(x_BTC, placed, cache=cache)
         return self.logits(y_BTC[:, -1:] if last else y_BTC)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.cache import ModelCache
-from headwise.model.base import LanguageModel, Stack, check_ids, segment_positions
+from headwise.cache import ModelCache, place
+from headwise.model.base import LanguageModel, Stack, check_ids
 from headwise.spec import ModelSpec
 
 
@@ -21,17 +21,11 @@ class EncoderDecoder(LanguageModel):
     def encode(self, encoder_ids_BS: Tensor, encoder_segments: Tensor | None = None) -> Tensor:
         """What the decoder looks at, float [B,S,C], of the tokens to be read, int64 [B,S]."""
         check_ids(encoder_ids_BS, "encoder_ids")
-        S = encoder_ids_BS.shape[1]
-        positions = torch.arange(S, device=encoder_ids_BS.device)
-        pair = None
-        if encoder_segments is not None:
-            positions, pair = segment_positions(encoder_segments), (encoder_segments, encoder_segments)
-        x_BSC = self.embed(encoder_ids_BS, self.encoder, positions, S)
-        return self.encoder(x_BSC, positions, segments=pair)
+        placed = place(encoder_ids_BS, encoder_segments, None)
+        return self.encoder(self.embed(encoder_ids_BS, self.encoder, placed), placed)
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache for the decoder's tokens, and for what the encoder read."""
-        return self.decoder.new_cache()
+    def _decoding(self) -> Stack:
+        return self.decoder
 
     def forward(
         self,
@@ -55,8 +49,6 @@ class EncoderDecoder(LanguageModel):
             last: only the last position's logits, [B,1,V].
         """
         check_ids(ids_BT)
-        T = ids_BT.shape[1]
-        past = cache.length if cache is not None else 0
         memory = None
         if encoder_ids is not None:
             memory = (self.encode(encoder_ids, encoder_segments), encoder_segments)
@@ -64,20 +56,14 @@ class EncoderDecoder(LanguageModel):
                 cache.memory = memory
         elif cache is not None:
             memory = cache.memory
-        keys_BS = cache.append_segments(segments, T) if cache is not None else segments
-        if keys_BS is None:
-            positions, pair = torch.arange(past, past + T, device=ids_BT.device), None
-        else:
-            positions, pair = segment_positions(keys_BS)[:, past:], (keys_BS[:, past:], keys_BS)
-        memory_pair = None
+        placed, memory_pair = place(ids_BT, segments, cache), None
         if memory is not None and memory[1] is not None:
-            own = keys_BS[:, past:] if keys_BS is not None else torch.zeros_like(ids_BT)
+            own = placed.segments[0] if placed.segments is not None else torch.zeros_like(ids_BT)
             memory_pair = (own, memory[1])
-        x_BTC = self.embed(ids_BT, self.decoder, positions, past + T)
+        x_BTC = self.embed(ids_BT, self.decoder, placed)
         y_BTC = self.decoder(
             x_BTC,
-            positions,
-            segments=pair,
+            placed,
             cache=cache,
             memory_BSC=memory[0] if memory is not None else None,
             memory_segments=memory_pair,

@@ -43,6 +43,24 @@ class Encoding:
         return None
 
 
+class SomeKeys(Encoding):
+    """An encoding for scores of which only some columns are formed: those of the keys at `places`, int64 [S']."""
+
+    def __init__(self, encoding: Encoding, places: Tensor) -> None:
+        self.encoding, self.places = encoding, places
+
+    def rotate(self, x_BHTD: Tensor) -> Tensor:
+        return self.encoding.rotate(x_BHTD)
+
+    def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
+        factors = self.encoding.bias_factors(x_BHTD)
+        return None if factors is None else (factors[0], factors[1][..., self.places, :])
+
+    def bias(self, x_BHTD: Tensor, start: int, stop: int) -> Tensor | None:
+        bias_HTS = self.encoding.bias(x_BHTD, start, stop)
+        return None if bias_HTS is None else bias_HTS[..., self.places]
+
+
 class Position(nn.Module):
     """A position code. It is built once a model (once a pattern item) and shared by the layers."""
 
