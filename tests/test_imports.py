@@ -34,6 +34,7 @@ FLOORS = {
     "io": 6,
     "blocks": 6,
     "data": 6,
+    "exchange": 7,
     "train": 7,
     "generate": 7,
     "distill": 8,

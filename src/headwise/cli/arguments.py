@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -132,7 +133,8 @@ def _source(settings: type[BaseModel], parser: Parser) -> CliSettingsSource[Any]
 
 
 # What stands for a value in the help, by what pydantic-settings would write.
-METAVARS = {"float": "X", "int": "N", "Path": "DIR", "str": "TEXT", "dict[str,float]": "PATTERN=X"}
+METAVARS = {"float": "X", "int": "N", "Path": "PATH", "str": "TEXT"}
+METAVARS |= {"dict[str,float]": "PATTERN=X", "dict[int,float]": "ID=X"}
 
 
 def _add_argument(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
@@ -159,8 +161,17 @@ def _reason(error: Exception) -> str:
 
 
 def read_lines(lines: Sequence[str], flags: dict[str, str]) -> list[ModelSpec]:
-    """The lines with the dotted flags worked in; `SpecError` with the problems of all of them."""
-    return read_all(lines, lambda line: apply_flags(parse(line), flags))
+    """The lines, each as it stands or that of the model at a path, with the dotted flags worked in; `SpecError` with
+    the problems of all of them."""
+    return read_all(lines, lambda line: apply_flags(_spec(line), flags))
+
+
+def _spec(line: str) -> ModelSpec:
+    if line.endswith(".gguf") or os.path.isdir(line):
+        from headwise.io.pretrained import saved_spec
+
+        return saved_spec(line)
+    return parse(line)
 
 
 def print_json(value: Any) -> None:

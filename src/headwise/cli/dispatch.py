@@ -22,6 +22,8 @@ COMMANDS = {
     "generate": "text from a trained model",
     "swap": "other mechanisms in a trained model, started from the weights they replace",
     "eval": "the loss of a trained model on a text",
+    "import": "a published model as a folder of headwise",
+    "export": "a model in the form of the tools that people serve with",
 }
 
 INTRO = """\

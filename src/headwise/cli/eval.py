@@ -34,7 +34,7 @@ class EvalSettings(Settings):
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("eval", "A trained model's loss over a whole split, in nats a token and bits a byte.", EXAMPLES)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a training run, or a saved model with its tokenizer")
+    parser.add_argument("folder", type=Path, metavar="MODEL", help="a training run, or a model with its tokenizer")
     arguments = parser.read(argv, EvalSettings)
     settings = EvalSettings(**arguments.settings)
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     model = load(arguments.options.folder, device=resolve_device(settings.device))
     dataset = load_dataset(
         settings.data,
-        load_tokenizer(arguments.options.folder / "tokenizer"),
+        load_tokenizer(arguments.options.folder),
         text_column=settings.text_column,
         val_fraction=settings.val_fraction,
     )

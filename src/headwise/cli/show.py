@@ -20,6 +20,7 @@ show gpt2 llama 'llama(attention=gqa(kv_heads=2))'
 show 'llama(size="7b")' --context 4096
 show my-model.yaml --size 10m --json
 show llama --model.attention.kind window --model.attention.window 256 --yaml
+show models/SmolLM2-135M runs/vein
 """
 
 
@@ -39,7 +40,12 @@ def main(argv: Sequence[str]) -> int:
         EXAMPLES,
         model_flags=True,
     )
-    parser.add_argument("lines", nargs="+", metavar="LINE", help="an architecture: a line or a YAML file")
+    parser.add_argument(
+        "lines",
+        nargs="+",
+        metavar="LINE",
+        help="a line, a YAML file, or the folder or GGUF file of a model",
+    )
     parser.add_argument("--yaml", action="store_true", help="print the lines as YAML instead")
     arguments = parser.read(argv, ShowSettings)
     lines = arguments.options.lines

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         "everything else stays as it is. The folder --out gets the new model and its tokenizer.",
         EXAMPLES,
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a training run, or a saved model with its tokenizer")
+    parser.add_argument("folder", type=Path, metavar="MODEL", help="a training run, or a model with its tokenizer")
     parser.add_argument("--dry-run", action="store_true", help="say what the model would be, and do nothing")
     arguments = parser.read(argv, SwapSettings)
     folder: Path = arguments.options.folder

@@ -25,8 +25,11 @@ MOST_COPIED = 1 << 20  # bytes of a tensor
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file (any dtype, any device; copied to contiguous memory). `OSError` where the disk fails."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        path.chmod(mode)  # the library leaves its files to their owner alone, whatever the umask allows
     except SafetensorError as error:  # how safetensors reports a full or failing disk: "… (os error 28)"
         code = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from error

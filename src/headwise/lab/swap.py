@@ -129,7 +129,7 @@ def swap_saved(folder: Path | str, settings: SwapSettings) -> SwapResult:
     source = _data_of(folder, settings)
     dataset = load_dataset(
         source.data,
-        load_tokenizer(folder / "tokenizer"),
+        load_tokenizer(folder),
         text_column=source.text_column,
         val_fraction=source.val_fraction,
     )

@@ -51,10 +51,11 @@ def pinned(settings: TrainSettings) -> TrainSettings:
         if (value := getattr(settings, name)) not in ("shakespeare", "char", "byte", "bpe") and Path(value).exists()
     }
     if settings.init_from is not None:
-        files["init_from"] = settings.init_from.absolute()
-        tokenizer = files["init_from"] / "tokenizer"
-        if "tokenizer" not in settings.model_fields_set and tokenizer.exists():
-            files["tokenizer"] = str(tokenizer)
+        start = files["init_from"] = settings.init_from.absolute()
+        inside = start / "tokenizer"
+        published = start.suffix == ".gguf" or (start / "tokenizer.json").exists() or any(start.glob("*.gguf"))
+        if "tokenizer" not in settings.model_fields_set and (inside.exists() or published):
+            files["tokenizer"] = str(inside if inside.exists() else start)
     return settings.model_copy(update={**files, "threads": settings.threads or torch.get_num_threads()})
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Fields of a spec that change nothing a trained model computes, or are worked into the components' own.
 IDLE = {"preset", "size", "init", "init_std", "dropout", "n_encoder_layers", "bias"}
+# Named even where there is none: what their absence stands for differs by class, and may lie outside the vocabulary.
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPONENTS = ("attention", "position", "norm", "ffn")
 
 
@@ -53,7 +55,7 @@ def save_hf(
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {"architectures": [family.architecture], "model_type": family.model_type, **config}
     with atomic_dir(folder) as temporary:
-        write_json(temporary / CONFIG, {**config, "torch_dtype": dtype, **ids})
+        write_json(temporary / CONFIG, {**config, "torch_dtype": dtype, **dict.fromkeys(IDS), **ids})
         write_json(temporary / "generation_config.json", ids)
         write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
     return family.architecture

@@ -34,7 +34,6 @@ class Phi3(LlamaKin):
             **super().config(spec),
             "original_max_position_embeddings": getattr(scaling, "original_max_position_embeddings", spec.max_seq_len),
             "sliding_window": common.written_windows(spec)["sliding_window"],
-            "pad_token_id": None,  # what its absence stands for lies outside small vocabularies
         }
 
     def entries(self, spec: ModelSpec) -> Iterator[Entry]:
