@@ -21,6 +21,16 @@ from headwise.io.hf.config import Config
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 SPACE = "▁"  # how SentencePiece writes a space
+ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+)
 MOST_TOKENS = 1 << 20
 LONGEST_PIECE = 256  # characters; longer ones come about by no merge
 
@@ -57,9 +67,9 @@ WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"
 BEGINS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")  # with the begin-of-text token
 
 
-def gguf_tokenizer(path: Path | str) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of a GGUF file, and what a tokenizer_config.json would say beside it: special tokens by name,
-    whether a text begins with one, the chat template.
+def gguf_tokenizer(path: Path | str) -> tuple[Tokenizer, dict[str, Any], list[int]]:
+    """The tokenizer of a GGUF file; what a tokenizer_config.json would say beside it (special tokens by name, whether a
+    text begins with one, the chat template); and the ids that end what the model writes, beside eos_token.
 
     Raises:
         FormatError: the file is damaged, holds no tokenizer, or one of a kind that is not known here.
@@ -86,7 +96,7 @@ def gguf_tokenizer(path: Path | str) -> tuple[Tokenizer, dict[str, Any]]:
     config |= {**named, "add_bos_token": bool(begins), "add_eos_token": bool(ends)}
     if template := values.get("tokenizer.chat_template", str, None):
         config["chat_template"] = template
-    return rust, config
+    return rust, config, _ends(header, values, tokens)
 
 
 def _tokens(header: Header, values: Config) -> list[str]:
@@ -115,6 +125,14 @@ def _special(values: Config, tokens: list[str]) -> dict[str, str]:
         if number is not None and number < len(tokens):  # converters write 2³²−1 where there is none
             named[f"{name}_token"] = tokens[number]
     return named
+
+
+def _ends(header: Header, values: Config, tokens: list[str]) -> list[int]:
+    """Ids that end a turn or a text: those the file names, and special tokens of the usual names, as in llama.cpp."""
+    types = _numbers(header, "token_type", len(tokens))
+    named = [values.get(f"tokenizer.ggml.{key}_token_id", int, None) for key in ("eot", "eom")]
+    usual = [i for i in np.flatnonzero(types == CONTROL).tolist() if tokens[i] in ENDS] if types is not None else []
+    return [i for i in (*named, *usual) if i is not None and i < len(tokens)]
 
 
 def _adds(values: Config, which: str) -> bool:
