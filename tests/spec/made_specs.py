@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from hypothesis import HealthCheck, assume, settings
@@ -54,6 +54,11 @@ def values(name: str, annotation: Any, metadata: list[Any], small: bool) -> st.S
     origin = get_origin(annotation)
     if origin is Literal:
         return st.sampled_from(get_args(annotation))
+    if origin is Annotated:
+        inner, info = get_args(annotation)
+        return values(name, inner, info.metadata, small)
+    if origin is tuple:
+        return st.lists(values(name, get_args(annotation)[0], [], small), min_size=1, max_size=4).map(tuple)
     if origin in (Union, types.UnionType):
         return st.one_of(*(values(name, part, metadata, small) for part in get_args(annotation)))
     if annotation is type(None):

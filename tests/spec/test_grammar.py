@@ -73,6 +73,8 @@ def test_published_models_print_as_their_name(line: str) -> None:
         "gpt2(position=pattern(rope, none, alibi), norm=pattern(rmsnorm, layernorm(bias=False)), ffn=mlp(relu2))",
         "llama(position=rope(scaling=linear(2)))",
         "llama(position=rope(scaling=yarn(4, original_max_position_embeddings=128, beta_fast=16)))",
+        "llama(d_model=8, n_heads=2, position=rope(scaling=longrope(2, original_max_position_embeddings=9, "
+        "short_factor=[1, 2], long_factor=[1.5, 3])))",
         "transformer(n_encoder_layers=3, init_std=1e-05)",
     ],
 )
@@ -334,6 +336,12 @@ def test_every_unreadable_value_is_named_with_its_field() -> None:
         ("llama(position=rope(base=1e999))", "position.base", "finite"),
         ("llama(d_model=12, n_heads=4)", "position", "turns pairs"),
         ("llama(d_model=16, n_heads=8, position=rope(scaling=ntk(2)))", "position", "at least 4"),
+        (
+            "llama(d_model=8, n_heads=1, position=rope(scaling=longrope(2, original_max_position_embeddings=9, "
+            "short_factor=[1, 2], long_factor=[1, 2, 3, 4])))",
+            "position",
+            "each of the 4 pairs that turn, but short_factor has 2",
+        ),
         ("transformer(order=parallel)", "order", "allowed: pre, post, sandwich"),
         ("llama(preset=gpt2)", "preset", "remove preset"),
         ("llama(n_layers=0x" + "f" * 9000 + ")", "n_layers", "thousands of digits"),

@@ -370,12 +370,24 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}
         | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
     ),
+    "longrope": (
+        "rope(scaling=longrope(4, original_max_position_embeddings=40, short_factor=[1, 1.1, 1.2, 3], "
+        "long_factor=[1, 2, 5.5, 9]))",
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 40}
+        | {"short_factor": [1.0, 1.1, 1.2, 3.0], "long_factor": [1.0, 2.0, 5.5, 9.0]},
+    ),
+    "longrope with its own sharpening": (
+        "rope(scaling=longrope(0.5, original_max_position_embeddings=40, short_factor=[1, 1.1, 1.2, 3], "
+        "long_factor=[1, 2, 5.5, 9], attention_factor=1.2))",
+        {"rope_type": "longrope", "factor": 0.5, "original_max_position_embeddings": 40, "attention_factor": 1.2}
+        | {"short_factor": [1.0, 1.1, 1.2, 3.0], "long_factor": [1.0, 2.0, 5.5, 9.0]},
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_rope_and_its_scalings_are_hugging_faces(name: str) -> None:
-    """Below, at and above the trained length; `dynamic` changes its base only above."""
+    """Below, at and above the trained length, which `dynamic` and `longrope` go by."""
     rope, parameters = ROPES[name]
     theirs = hf.LlamaForCausalLM(small(hf.LlamaConfig, rope_parameters={"rope_theta": 10000.0, **parameters}))
     assert_equal_logits(f"{LLAMA}, position={rope})", theirs, from_llama, [5, 64, 100])

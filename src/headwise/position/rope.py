@@ -13,7 +13,9 @@ Scalings stretch a trained range, with Hugging Face's parameter names:
   depends on the length of the whole input, so past that length a model is no longer causal to the bit and cached keys
   keep the base they were stored with, in Hugging Face's code as here;
 * `yarn(factor, …)`: slow pairs interpolated, fast ones not, a ramp between, and scores sharpened (Peng et al. 2023);
-* `llama3(factor, …)`: as Llama 3.1, the ramp set by wavelength.
+* `llama3(factor, …)`: as Llama 3.1, the ramp set by wavelength;
+* `longrope(factor, …)`: each pair's angle divided by a number of its own, from one list up to the trained length and
+  from another past it, and scores sharpened (Ding et al. 2024; Phi-3). As with `dynamic`, the whole input decides.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ class Scaling(BaseModel):
     def amplitude(self) -> float:
         """What cosines and sines are multiplied by."""
         return 1.0
+
+    def check_pairs(self, n_pairs: int) -> list[Problem]:
+        """What is wrong with this scaling where so many pairs turn."""
+        return []
 
 
 class LinearScaling(Scaling):
@@ -141,13 +147,39 @@ class Llama3Scaling(Scaling):
         return theta_N / self.factor * (1 - keep) + theta_N * keep
 
 
-AnyScaling = LinearScaling | NTKScaling | DynamicScaling | YarnScaling | Llama3Scaling
+class LongRopeScaling(Scaling):
+    """Each pair's angle divided by its own number: `short_factor` up to the trained length, `long_factor` past it."""
+
+    kind: Literal["longrope"] = "longrope"
+    original_max_position_embeddings: int = Field(gt=1)
+    short_factor: tuple[Annotated[float, Field(gt=0)], ...]
+    long_factor: tuple[Annotated[float, Field(gt=0)], ...]
+    attention_factor: float | None = Field(None, gt=0)
+
+    def check_pairs(self, n_pairs: int) -> list[Problem]:
+        given = {"short_factor": len(self.short_factor), "long_factor": len(self.long_factor)}
+        wrong = [f"{name} has {n}" for name, n in given.items() if n != n_pairs]
+        message = f"longrope wants a number for each of the {n_pairs} pairs that turn, but {' and '.join(wrong)}"
+        return [Problem("position", message)] if wrong else []
+
+    def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
+        factors = self.long_factor if seq_len > self.original_max_position_embeddings else self.short_factor
+        return theta_N / theta_N.new_tensor(factors)
+
+    def amplitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + max(0.0, math.log(self.factor)) / math.log(self.original_max_position_embeddings))
+
+
+AnyScaling = LinearScaling | NTKScaling | DynamicScaling | YarnScaling | Llama3Scaling | LongRopeScaling
 SCALINGS: dict[str, type[Scaling]] = {
     "linear": LinearScaling,
     "ntk": NTKScaling,
     "dynamic": DynamicScaling,
     "yarn": YarnScaling,
     "llama3": Llama3Scaling,
+    "longrope": LongRopeScaling,
 }
 
 
@@ -181,6 +213,8 @@ class RoPESpec(PositionSpec):
         "rope(scaling=dynamic(4, original_max_position_embeddings=2048))",
         "rope(scaling=yarn(4, original_max_position_embeddings=64))",
         "rope(scaling=llama3(8, original_max_position_embeddings=64))",
+        "rope(scaling=longrope(4, original_max_position_embeddings=2048, short_factor=[1.0, 1.1, 1.3, 1.5], "
+        "long_factor=[1.0, 2.0, 3.5, 4.0]))",
     )
     base: float = Field(10000.0, gt=1)
     pairing: Literal["half", "interleaved"] = "half"
@@ -196,7 +230,7 @@ class RoPESpec(PositionSpec):
         turned = self.rotary_dim(head_dim)
         least = self.scaling.least_dims if self.scaling else 2
         if turned >= least and turned % 2 == 0:
-            return []
+            return self.scaling.check_pairs(turned // 2) if self.scaling else []
         given = f"head_dim={head_dim} with partial_rotary_factor={self.partial_rotary_factor}"
         advice = f"change d_model, n_heads or head_dim to make it even and at least {least}"
         return [Problem("position", f"rope turns pairs of dimensions, but {given} leaves {turned}; {advice}")]
