@@ -1,6 +1,5 @@
 """One runnable example a module of document 002's course, each against its definition written out here.
 
-The course's paged attention, and its contiguous cache's `update(batch_idx, start_pos, k, v)`, are not among them.
 Where the document is wrong, the docstring says so.
 """
 
@@ -17,8 +16,10 @@ from torch import Tensor
 
 import headwise as hw
 from headwise.attention import Attention, Context
+from headwise.blocks import KVCache, PagedAttention
 from headwise.cache import LayerCache, RecurrentCache
 from headwise.dims import Dims
+from headwise.errors import HeadwiseError
 from headwise.generate import stream_ids
 from headwise.kernels.flash import online
 from headwise.registry import ATTENTION
@@ -121,6 +122,60 @@ def test_kv_cache_grows_with_every_token() -> None:
     line = f"gpt2(d_model={H * D}, n_layers=3, n_heads={H}, vocab_size=11, max_seq_len=64)"
     held = [hw.count(line, context).kv_cache_bytes for context in (16, 32, 64)]
     assert held == [2 * 3 * 2 * H * D * context for context in (16, 32, 64)]  # two bytes a number
+
+
+def test_kv_cache_of_the_course_row_by_row(x: Tensor) -> None:
+    """`update`, `get` and `clear`: each row at its own position, as requests of unequal length come."""
+    layer = layer_of("softmax")
+    _, k, v = heads(layer, x)
+    cache = KVCache(batch_size=B, max_seq_len=T, n_heads=H, head_dim=D, dtype=torch.float64)
+    cache.update(0, 0, k[0, :, :9], v[0, :, :9])
+    cache.update(1, 0, k[1], v[1])
+    keys, values = cache.update(batch_idx=0, start_pos=9, k=k[0, :, 9:12], v=v[0, :, 9:12])
+    assert torch.equal(keys, k[0, :, :12])
+    assert torch.equal(values, v[0, :, :12])
+    assert torch.equal(cache.get(1)[0], k[1])
+    assert torch.equal(cache.get(1, end_pos=4)[1], v[1, :, :4])
+    for batch_idx, start_pos in ((2, 0), (0, 13), (1, 1)):
+        with pytest.raises(HeadwiseError, match=r"batch_idx|start_pos"):
+            cache.update(batch_idx, start_pos, k[0], v[0])
+    with pytest.raises(HeadwiseError, match=r"should both be \[4,T,8\]"):
+        cache.update(0, 0, k[0, :2], v[0])
+    cache.clear(1)
+    assert [cache.get(row)[0].shape[1] for row in range(B)] == [12, 0]
+    cache.clear()
+    assert cache.get(0)[0].shape[1] == 0
+
+
+# ---- paged attention ----
+
+
+@pytest.mark.parametrize("new", [None, 1, 4])
+def test_paged_attention_is_attention_wherever_the_blocks_lie(x: Tensor, new: int | None) -> None:
+    """Rows of unequal length in blocks strewn over a pool; three dimensions ask for one token, four for several."""
+    layer, block_size, lengths = layer_of("gqa", kv_heads=2), 4, [21, 10]
+    q, k, v = (t.detach() for t in heads(layer, x))
+    blocks = torch.randperm(12)
+    tables = torch.zeros(B, 6, dtype=torch.int32)
+    key_cache, value_cache = (torch.full((12, block_size, 2, D), math.nan, dtype=torch.float64) for _ in range(2))
+    for row, length in enumerate(lengths):
+        for at in range(length):
+            block = tables[row, at // block_size] = blocks[6 * row + at // block_size]
+            key_cache[block, at % block_size] = k[row, :, at]
+            value_cache[block, at % block_size] = v[row, :, at]
+    last = torch.stack([q[row, :, n - (new or 1) : n] for row, n in enumerate(lengths)])
+    query = last[:, :, 0] if new is None else last
+    context_lens = torch.tensor(lengths, dtype=torch.int32)
+    y = PagedAttention()(query, key_cache, value_cache, tables, context_lens, block_size, max(lengths))
+    assert y.shape == query.shape
+    scores = (q @ k.repeat_interleave(H // 2, 1).transpose(-2, -1) / math.sqrt(D)).masked_fill(
+        torch.ones(T, T).triu(1) == 1, -math.inf
+    )
+    whole = scores.softmax(-1) @ v.repeat_interleave(H // 2, 1)
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(y[row].view(H, -1, D), whole[row, :, n - (new or 1) : n])
+    with pytest.raises(HeadwiseError, match="block_size: given 8"):
+        PagedAttention()(query, key_cache, value_cache, tables, context_lens, 8, max(lengths))
 
 
 # ---- grouped queries ----

@@ -1,5 +1,7 @@
-"""Floor 6: the documents' own interfaces under their own names (`vein`: document 000, `wasserstein`: document 003)."""
+"""Floor 6: the documents' own interfaces under their own names (`vein`: document 000, `paged`: document 002,
+`wasserstein`: document 003)."""
 
+from headwise.blocks.paged import KVCache, PagedAttention
 from headwise.blocks.vein import (
     NormalCompensator,
     TVAAttention,
@@ -19,7 +21,9 @@ from headwise.blocks.vein import (
 from headwise.blocks.wasserstein import RotaryEmbedding, W2Attention, W2Config, W2TransformerBlock
 
 __all__ = [
+    "KVCache",
     "NormalCompensator",
+    "PagedAttention",
     "RotaryEmbedding",
     "TVAAttention",
     "VFTBlock",

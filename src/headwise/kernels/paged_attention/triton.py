@@ -22,7 +22,7 @@ LEAST_SPAN = 256  # keys that are worth a program
 
 
 @triton.jit
-def _kernel(
+def paged_kernel(
     Q, K, V, Tables, Lens, Bias, Y, L,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
     stride_tb, stride_bb, stride_bh,
@@ -116,7 +116,7 @@ def attention(
     bias = query if key_bias is None else key_bias
     bias_strides = (0, 0) if key_bias is None else (key_bias.stride(0) if len(key_bias) > 1 else 0, key_bias.stride(1))
     with torch.cuda.device_of(query):
-        _kernel[(tiles, B * K, splits)](
+        paged_kernel[(tiles, B * K, splits)](
             query, key_cache, value_cache, block_tables, context_lens, bias, y, lse,
             *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
             block_tables.stride(0), *bias_strides,
