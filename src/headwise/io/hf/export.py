@@ -17,6 +17,7 @@ from headwise.io.hf.folder import CONFIG, WEIGHTS, as_spec, used_entries
 from headwise.io.tensors import module_tensors, write_tensors
 from headwise.registry import ComponentSpec
 from headwise.spec import ModelSpec
+from headwise.spec.grammar import print_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,15 +97,11 @@ def _config(family: Family, spec: ModelSpec) -> dict[str, Any]:
         config = family.config(spec)
         again = as_spec(family, Config(config, CONFIG))
         if differing := [name for name, value in meaning(spec).items() if meaning(again)[name] != value]:
-            raise FormatError("; ".join(f"{name} {_at(spec, name)}, not {_at(again, name)}" for name in differing))
+            written = ((name, *(print_value(getattr(each, name)) for each in (spec, again))) for name in differing)
+            raise FormatError("; ".join(f"{name} {here}, not {there}" for name, here, there in written))
     except FormatError as error:
         raise FormatError(f"{family.architecture} cannot hold it: {error}") from None
     return config
-
-
-def _at(spec: ModelSpec, name: str) -> str:
-    value = getattr(spec, name)
-    return str(value.model_dump(exclude_defaults=True) | {"kind": value.kind}) if name in COMPONENTS else str(value)
 
 
 def meaning(spec: ModelSpec) -> dict[str, Any]:
