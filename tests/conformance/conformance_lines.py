@@ -29,9 +29,10 @@ def parse_call(text: str) -> object:
     return read_value(text)
 
 
+ORDERS = ("pre", "post", "sandwich", "reordered", "parallel", "parallel_two_norms")
 CAUSAL = [
     *mechanism_lines(*FAMILIES),
-    *(f"gpt2({WIDTHS}, order={order})" for order in ("pre", "post", "sandwich", "reordered", "parallel")),
+    *(f"gpt2({WIDTHS}, order={order})" for order in ORDERS),
     f"llama({WIDTHS}, n_heads=6, attention=softmax(head_dim=8), position=alibi)".replace("n_heads=4, ", "", 1),
     f"llama({WIDTHS}, attention=pattern(window(8), softmax), position=pattern(rope, none), ffn=pattern(swiglu, mlp), "
     "logit_softcap=4.0)",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from headwise.attention import Context
+from headwise.errors import SpecError
 from headwise.model import build
 from headwise.model.base import LanguageModel
 from headwise.spec import parse
@@ -45,6 +47,16 @@ def parts(model: LanguageModel) -> tuple[Tensor, object, object, object]:
         return block.attention(x, context=Context(causal=True, encoding=encoding))[0]
 
     return model.embedding(ids()), block, attend, lambda x: model.head(model.stack.final_norm(x))
+
+
+@torch.no_grad()
+def test_parallel_parts_can_have_a_norm_each() -> None:
+    model = model_of("order=parallel_two_norms")
+    x, block, attend, finish = parts(model)
+    x = x + attend(block.attention_norm(x)) + block.ffn(block.ffn_norm(x))
+    torch.testing.assert_close(model(ids()), finish(x))
+    with pytest.raises(SpecError, match="order: parallel_two_norms is for decoders and encoders; allowed: pre, post"):
+        parse("transformer(order=parallel_two_norms)")
 
 
 @torch.no_grad()

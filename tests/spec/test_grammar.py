@@ -271,7 +271,7 @@ def test_all_problems_of_a_line_come_at_once() -> None:
         "norm.eps": ["0", "greater than 0"],
         "position.scaling.betafast": ["did you mean 'beta_fast'?", "beta_slow"],
         "position.scaling.original_max_position_embeddings": ["missing"],
-        "order": ["'prre'", "did you mean 'pre'?", "parallel, post, pre, reordered, sandwich"],
+        "order": ["'prre'", "did you mean 'pre'?", "parallel, parallel_two_norms, post, pre, reordered, sandwich"],
         "dropout": ["lambda", "not read"],
         "bias": ["3"],
         "n_heads": ["given twice"],

@@ -1,10 +1,11 @@
-"""One layer: attention and feed-forward around the residual stream, in one of five orders (document 001).
+"""One layer: attention and feed-forward around the residual stream, in one of six orders (document 001).
 
 * `pre`:       x += f(norm(x)), a final norm after the last layer (GPT-2, Llama)
 * `post`:      x = norm(x + f(x)), no final norm (Vaswani et al. 2017, GPT-1)
 * `sandwich`:  x += norm(f(norm(x))), a final norm (CogView, Gemma 2)
 * `reordered`: x += norm(f(x)), a final norm (OLMo 2)
 * `parallel`:  x += attention(h) + ffn(h), h = norm(x), a final norm (GPT-J, Falcon)
+* `parallel_two_norms`: x += attention(norm(x)) + ffn(norm(x)), a norm for each, a final norm (GPT-NeoX, Falcon 40b)
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ class Block(nn.Module):
             assert self.cross_attention is not None
             return self.cross_attention(h_BTC, context=memory_context, memory_BSC=memory_BSC)[0]
 
-        if self.order == "parallel":
+        if self.order in ("parallel", "parallel_two_norms"):
             h_BTC = self.attention_norm(x_BTC)
-            y_BTC = attend(h_BTC) + self.ffn(h_BTC)
+            y_BTC = attend(h_BTC)
+            if self.order == "parallel_two_norms":
+                h_BTC = self.ffn_norm(x_BTC)
+            y_BTC = y_BTC + self.ffn(h_BTC)
             if self.cross_attention is not None and memory_BSC is not None:
                 y_BTC = y_BTC + look(self.cross_norm(x_BTC))
             return self.finish(x_BTC + y_BTC, h_BTC)

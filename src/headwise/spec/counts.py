@@ -64,7 +64,7 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
     attention = [spec.attention.at(i) for i in range(n_layers)]
     ffn = [spec.ffn.at(i) for i in range(n_layers)]
     norm = [spec.norm.at(i) for i in range(n_layers)]
-    norms_a_layer = {"pre": 2, "post": 2, "sandwich": 4, "reordered": 2, "parallel": 1}[spec.order]
+    norms_a_layer = {"sandwich": 4, "parallel": 1}.get(spec.order, 2)
     final_norm = 0 if spec.order == "post" else spec.norm.at(n_layers).param_count(dims)
 
     parts = {

@@ -41,7 +41,8 @@ class ModelSpec(BaseModel):
         architecture: causal decoder, bidirectional encoder, or encoder–decoder.
         d_model, n_layers, n_heads, n_encoder_layers, vocab_size, max_seq_len: widths; None is open until `resolve`.
         attention, position, norm, ffn: the mechanisms, each a component or a pattern of components.
-        order: where the norms stand: pre, post, sandwich, reordered or parallel (see `model/block.py`).
+        order: where the norms stand: pre, post, sandwich, reordered, parallel or parallel_two_norms (see
+            `model/block.py`).
         bias, dropout: defaults for components that leave theirs open.
         tie_embeddings: the output head shares the token embedding's matrix; `head_bias` gives it a bias.
         logit_softcap: c bends logits x to c·tanh(x/c) (Gemma 2).
@@ -64,7 +65,7 @@ class ModelSpec(BaseModel):
     position: _component(POSITION)  # type: ignore[valid-type]
     norm: _component(NORM)  # type: ignore[valid-type]
     ffn: _component(FFN)  # type: ignore[valid-type]
-    order: Literal["pre", "post", "sandwich", "reordered", "parallel"] = "pre"
+    order: Literal["pre", "post", "sandwich", "reordered", "parallel", "parallel_two_norms"] = "pre"
     bias: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = False
@@ -97,9 +98,9 @@ class ModelSpec(BaseModel):
             problems.append(
                 Problem("position", "learned and sinusoidal act once, on the embeddings, not layer by layer")
             )
-        if self.architecture == "encoder_decoder" and self.order == "parallel":
+        if self.architecture == "encoder_decoder" and self.order.startswith("parallel"):
             allowed = "pre, post, sandwich, reordered"
-            problems.append(Problem("order", f"parallel is for decoders and encoders; allowed: {allowed}"))
+            problems.append(Problem("order", f"{self.order} is for decoders and encoders; allowed: {allowed}"))
         if self.d_model is None or self.n_heads is None:
             return problems
         dims = self.dims
