@@ -96,9 +96,12 @@ def test_logits_and_losses_are_those_of_transformers(peer: Any, model: LanguageM
 
 
 def test_tokens_are_those_of_transformers(smollm2_path: Path, tokenizer: Tokenizer) -> None:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
 
-    theirs = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    # What AutoTokenizer.from_pretrained(…, gguf_file=…) does, without reading the file three times.
+    architecture, values, config = get_gguf_tokenizer(str(smollm2_path))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=convert_gguf_tokenizer(architecture, values)[0], **config)
     chat = [{"role": "user", "content": "Who are you?"}]
     rendered = render_chat(tokenizer.chat_template or "", chat)
     assert rendered == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
