@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
 from small_models import LETTERS, LINES, small, tokenizer_of
 
 from headwise.errors import HeadwiseError
 from headwise.generate import Generation, Request, Sampling, complete, complete_batch
-from headwise.generate.batch import together
+from headwise.generate.batch import answers
 from headwise.generate.constraints import regex
-from headwise.generate.decode import start
 
 PROMPTS = ["a", "abc def", "ponm, lkj", "b", "hij.\nab", "ccc"]
 
@@ -70,17 +68,18 @@ def test_texts_that_fit_alone_but_not_behind_padding() -> None:
     assert complete_batch(model, tokenizer, asked) == [complete(model, tokenizer, request) for request in asked]
 
 
-def test_one_that_cannot_go_on_does_not_lose_the_others() -> None:
+def test_one_that_cannot_be_answered_does_not_lose_the_others() -> None:
     model, tokenizer = small(), tokenizer_of()
+    fine = requests(Sampling())[:2]
     stuck = Request("ab", Sampling(), max_new_tokens=5, constraint=regex("abΩ", tokenizer))
-    rows = [start(model, tokenizer, request) for request in (requests(Sampling())[2], stuck)]
-    with torch.no_grad():
-        ended = dict(together(model, rows))
-    assert ended[0] is None
-    assert "lacks characters" in str(ended[1])
-    assert rows[0].result() == complete(model, tokenizer, requests(Sampling())[2])
-    with pytest.raises(HeadwiseError, match="lacks characters"):
-        complete_batch(model, tokenizer, [stuck])
+    asked = [stuck, fine[0], Request("Ω"), fine[1], Request("")]
+    found = dict(answers(model, tokenizer, asked))
+    assert [found[1], found[3]] == [complete(model, tokenizer, request) for request in fine]
+    assert "lacks characters" in str(found[0])
+    assert "'Ω'" in str(found[2])
+    assert "prompt: is empty" in str(found[4])
+    with pytest.raises(HeadwiseError, match="prompt: is empty"):
+        complete_batch(model, tokenizer, asked[3:])
 
 
 def test_letters_are_enough() -> None:

@@ -97,6 +97,7 @@ class Remembered:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
+        self.memory = None
 
     def crop(self, length: int) -> None:
         del self.ids[length:]
@@ -112,7 +113,7 @@ class Table(torch.nn.Module):
         made = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(seed))
         self.logits = torch.nn.Parameter(made, requires_grad=False)
 
-    def new_cache(self) -> Remembered:
+    def new_cache(self, *_: Any, **options: int) -> Remembered:
         return Remembered()
 
     def forward(self, ids_1T: torch.Tensor, *, cache: Remembered, **_: Any) -> torch.Tensor:

@@ -25,6 +25,7 @@ def complete_batch(
     requests: Sequence[Request],
     *,
     batch_size: int = 8,
+    cache: str = "auto",
     on_result: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """What follows several prompts, `batch_size` of them at once; their lengths need not be equal.
@@ -33,22 +34,44 @@ def complete_batch(
     What has ended leaves the batch. Each request draws from its own generator (seed and `index`), so that it is
     answered as it is alone. `on_result` is called with a request's place and its result as soon as it has ended.
 
-    Raises as `complete`.
+    Raises as `complete`, whichever request it is that cannot be answered; `answers` goes on with the others.
     """
-    running = [start(model, tokenizer, request) for request in requests]
+    results: dict[int, Generation] = {}
+    for place, result in answers(model, tokenizer, requests, batch_size=batch_size, cache=cache):
+        if isinstance(result, HeadwiseError):
+            raise result
+        results[place] = result
+        if on_result is not None:
+            on_result(place, result)
+    return [results[place] for place in range(len(requests))]
+
+
+def answers(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 8,
+    cache: str = "auto",
+) -> Iterator[tuple[int, Generation | HeadwiseError]]:
+    """Each request's place with its result, or with why there is none, as soon as that is known."""
+    rows: dict[int, Running] = {}
+    for place, request in enumerate(requests):
+        try:
+            rows[place] = start(model, tokenizer, request)
+        except HeadwiseError as error:
+            yield place, error
+    places = list(rows)
     with evaluating(model):
-        for first in range(0, len(running), batch_size):
-            for place, error in together(model, running[first : first + batch_size]):
-                if error is not None:
-                    raise error
-                if on_result is not None:
-                    on_result(first + place, running[first + place].result())
-    return [each.result() for each in running]
+        for first in range(0, len(places), batch_size):
+            group = places[first : first + batch_size]
+            for n, problem in _together(model, [rows[place] for place in group], cache):
+                yield group[n], rows[group[n]].result() if problem is None else problem
 
 
-def together(model: LanguageModel, rows: Sequence[Running]) -> Iterator[tuple[int, HeadwiseError | None]]:
+def _together(model: LanguageModel, rows: Sequence[Running], cache: str) -> Iterator[tuple[int, HeadwiseError | None]]:
     """Decode several texts in one batch. Gives the place of each as soon as it has ended, and the error where it could
-    not go on. The model should be in eval mode."""
+    not go on."""
     yield from ((place, None) for place, row in enumerate(rows) if row.finish_reason is not None)
     places = [place for place, row in enumerate(rows) if row.finish_reason is None]
     if not places:
@@ -58,17 +81,17 @@ def together(model: LanguageModel, rows: Sequence[Running]) -> Iterator[tuple[in
         check_length(model, longest + max(rows[place].request.max_new_tokens for place in places) - 1)
     except HeadwiseError:  # each fits by itself, but not behind the padding that the others ask for
         for place in places:
-            yield from _decode(model, rows, [place])
+            yield from _decode(model, rows, [place], cache)
     else:
-        yield from _decode(model, rows, places)
+        yield from _decode(model, rows, places, cache)
 
 
 @torch.inference_mode()
 def _decode(
-    model: LanguageModel, rows: Sequence[Running], places: list[int]
+    model: LanguageModel, rows: Sequence[Running], places: list[int], kind: str
 ) -> Iterator[tuple[int, HeadwiseError | None]]:
     ids_BT, segments_BT = _left_padded([rows[place].prompt for place in places], next(model.parameters()).device)
-    cache = model.new_cache()
+    cache = model.new_cache(kind)
     if model.spec.architecture == "encoder_decoder":
         # Padding is of another segment than the decoder's tokens, which are of 0.
         apart = None if segments_BT is None else 1 - segments_BT

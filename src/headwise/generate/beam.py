@@ -69,7 +69,7 @@ class Finished:
 
 
 def beam_search(
-    model: LanguageModel, tokenizer: Tokenizer, request: Request, beams: Beams = Beams()
+    model: LanguageModel, tokenizer: Tokenizer, request: Request, beams: Beams = Beams(), *, cache: str = "auto"
 ) -> list[Generation]:
     """The `num_return_sequences` best texts after a prompt, best first, each with its `score`.
 
@@ -83,18 +83,18 @@ def beam_search(
         raise SettingsError(problems)
     running = start(model, tokenizer, request)
     with evaluating(model):
-        found = _search(model, running, beams)
+        found = _search(model, running, beams, cache)
     return [_result(tokenizer, running, each) for each in found[: beams.num_return_sequences]]
 
 
 @torch.inference_mode()
-def _search(model: LanguageModel, running: Running, beams: Beams) -> list[Finished]:
+def _search(model: LanguageModel, running: Running, beams: Beams, kind: str) -> list[Finished]:
     sampling, n, limit = running.request.sampling, beams.n_beams, running.request.max_new_tokens
     device = next(model.parameters()).device
     texts: list[tuple[int, ...]] = [()]  # open, best first
     sums_N = torch.zeros(1)
     finished: list[Finished] = [] if limit else [Finished(0.0, (), False)]
-    cache = model.new_cache()
+    cache = model.new_cache(kind)
     ids_NT, more = torch.tensor([running.prompt], device=device), {}
     if model.spec.architecture == "encoder_decoder":
         ids_NT, more = ids_NT[:, -1:], {"encoder_ids": ids_NT}

@@ -38,9 +38,7 @@ class Constraint:
     def __init__(self, grammar: str, tokenizer: Tokenizer, ends: Sequence[int] = (), *, what: str) -> None:
         from llguidance import LLMatcher
 
-        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.ends = tuple(dict.fromkeys((*own, *ends)))
-        self._tokenizer = _ll_tokenizer(tokenizer, self.ends)
+        self._tokenizer = _ll_tokenizer(tokenizer, tuple(dict.fromkeys((*tokenizer.eos_ids, *ends))))
         self._matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if self._matcher.is_error():
             raise SettingsError(f"{what}: {_reason(self._matcher.get_error())}")
@@ -69,7 +67,7 @@ class Following:
         self._matcher = matcher
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Boolean [V]: which of the tokenizer's ids may follow; the end tokens among them where the text may end here."""
+        """Boolean [V]: which of the tokenizer's ids may follow; an end token may where the text may end here."""
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
@@ -88,8 +86,9 @@ class Following:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = _reason(self._matcher.get_error())
-            lacks = "no token of this tokenizer can go on: it lacks characters that the form needs"
-            raise HeadwiseError(f"constraint: {lacks if reason.startswith('NoExtension') else reason}")
+            if reason.startswith("NoExtension") or "forced bytes" in reason:
+                reason = "no token of this tokenizer can go on: it lacks characters that the form needs"
+            raise HeadwiseError(f"constraint: {reason}")
 
 
 def json_schema(schema: Mapping[str, Any] | str, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Constraint:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from headwise.generate.request import Generation, Request, Running
+from headwise.generate.request import Generation, InterruptedGeneration, Request, Running
 from headwise.generate.sampling import Sampling
 from headwise.generate.session import Session, check_prompt
 from headwise.generate.speculative import Draft, speculate
@@ -23,6 +23,7 @@ def complete(
     *,
     on_text: Callable[[str], None] | None = None,
     draft: Draft | None = None,
+    cache: str = "auto",
     session: Session | None = None,
 ) -> Generation:
     """What follows a prompt, with all that is known of it.
@@ -34,22 +35,31 @@ def complete(
         on_text: called with each new piece of text as it comes; the pieces add up to the text. A token that ends inside
             a character is held back until the character is whole, and so is what may become a stop string.
         draft: what proposes tokens (speculative decoding); the result has the same distribution.
-        session: where an earlier text is remembered, so that one that begins alike is read on from there.
+        cache: the kind of cache, as `model.new_cache` takes it.
+        session: in place of a new cache, one that remembers an earlier text: what begins alike is not read again.
 
     Raises:
         SettingsError: before anything runs, what cannot work: an encoder, an empty prompt, ids outside the vocabulary.
         HeadwiseError: more tokens than the model has positions for.
         DataError: a prompt that the tokenizer cannot encode.
 
-    An interruption (Ctrl-C) goes through; `on_text` has then been called with what was written.
+        InterruptedGeneration: Ctrl-C, a KeyboardInterrupt with what was written so far.
     """
     running = start(model, tokenizer, request)
     if session is None:
-        session = Session(model)
+        session = new_session(model, cache, draft)
+
+    def tell(piece: str) -> None:
+        if piece and on_text is not None:
+            on_text(piece)
+
     with evaluating(model):
-        for piece in steps(session, running, draft):
-            if piece and on_text is not None:
-                on_text(piece)
+        try:
+            for piece in steps(session, running, draft):
+                tell(piece)
+        except KeyboardInterrupt:
+            tell(running.end("interrupted"))
+            raise InterruptedGeneration(running.result()) from None
     return running.result()
 
 
@@ -107,11 +117,16 @@ def _ids(model: LanguageModel, running: Running) -> Iterator[int]:
             yield from running.new[-1:] if running.finish_reason != "stop" else ()
 
 
+def new_session(model: LanguageModel, cache: str = "auto", draft: Draft | None = None) -> Session:
+    """A session whose cache can take back what a draft proposes."""
+    return Session(model, cache, slack=0 if draft is None else draft.n_tokens + 1)
+
+
 def start(model: LanguageModel, tokenizer: Tokenizer, request: Request) -> Running:
     """A request made ready for a model, its prompt encoded and checked."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        prompt = [int(i) for i in tokenizer.encode(prompt)]
+        prompt = [*tokenizer.begin_ids, *map(int, tokenizer.encode(prompt))]
         if not prompt and tokenizer.eos_id is not None:
             prompt = [tokenizer.eos_id]  # between documents: the model begins a new one
     check_prompt(model, prompt, request.max_new_tokens)

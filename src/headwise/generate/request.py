@@ -116,6 +116,14 @@ class Generation:
         return found
 
 
+class InterruptedGeneration(KeyboardInterrupt):
+    """Ctrl-C while a text was written; `result` has what was written so far."""
+
+    def __init__(self, result: Generation) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
 class Running:
     """One request on its way: it is given logits and takes a token of them, until it has ended.
 
@@ -134,7 +142,7 @@ class Running:
         self.drafted = self.accepted = 0
         self.generator = request.sampling.generator(request.index)
         self.constraint = request.constraint.start() if request.constraint else None
-        ends = request.stop_ids if tokenizer is None else (*request.stop_ids, *end_ids(tokenizer))
+        ends = request.stop_ids if tokenizer is None else (*request.stop_ids, *tokenizer.eos_ids)
         self._ends = frozenset(ends)
         self._n_ids = None if tokenizer is None else tokenizer.vocab_size
         self._stream = TextStream(tokenizer, request.stop) if tokenizer is not None else None
@@ -207,11 +215,6 @@ class Running:
             drafted=self.drafted,
             accepted=self.accepted,
         )
-
-
-def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text for this tokenizer."""
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def _logprob(logits_V: Tensor, token: int, n_top: int) -> TokenLogprob:

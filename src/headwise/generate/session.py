@@ -24,53 +24,66 @@ class Session:
     An encoder–decoder reads the prompt with its encoder, and its decoder's text begins with the prompt's last token, as
     in training.
 
+    Args:
+        model: it should be in eval mode when it reads.
+        cache: the kind of cache, as `model.new_cache` takes it.
+        slack: how many of the last tokens may be taken back without reading the text again, where a cache has to
+            provide for that (windows, recurrences).
+
     Attributes:
         ids: the ids whose keys and values are held.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, cache: str = "auto", slack: int = 0) -> None:
         self.model = model
         self.ids: list[int] = []
-        self._cache: ModelCache = model.new_cache()
+        self._kind = cache
+        self._options = {"slack": slack} if slack and cache in ("auto", "rolling") else {}
+        if slack and cache == "auto":
+            self._options["checkpoints"] = 1
         self._device = next(model.parameters()).device
         self._encoded: list[int] | None = None
+        self._before = 0  # ids held before the last pass: a recurrence can go back to there
+        self._reset()
 
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], new: Sequence[int] = (), n_last: int = 1) -> Tensor:
-        """Logits [n_last,V] after the last tokens of prompt + new; only ids that are not held are computed.
-
-        The model should be in eval mode.
-        """
+        """Logits [n_last,V] after the last tokens of prompt + new; only ids that are not held are computed."""
         ids = [*prompt, *new]
         if self.model.spec.architecture == "encoder_decoder":
             self._encode(list(prompt))
             ids = [prompt[-1], *new]
         self._keep(_common(self.ids, ids[: len(ids) - n_last]))
-        fresh_1T = torch.tensor([ids[len(self.ids) :]], device=self._device)
+        self._before = len(self.ids)
+        fresh_1T = torch.tensor([ids[self._before :]], device=self._device)
         logits_1TV = self.model(fresh_1T, cache=self._cache, last=n_last == 1)
         self.ids = ids
         return logits_1TV[0, -n_last:]
 
     def _encode(self, prompt: list[int]) -> None:
         if self._encoded != prompt:
-            ids_1S = torch.tensor([prompt], device=self._device)
             self._reset()
-            self._cache.memory = (self.model.encode(ids_1S), None)  # type: ignore[operator]
+            self._cache.memory = (self.model.encode(torch.tensor([prompt], device=self._device)), None)  # type: ignore[operator]
             self._encoded = prompt
 
     def _keep(self, length: int) -> None:
-        if length == len(self.ids):
+        """Forget the ids from `length` on, or more where the cache cannot go back to just there."""
+        for to in (length, min(length, self._before)):
+            if to == len(self.ids):
+                return
+            try:
+                self._cache.crop(to)
+            except HeadwiseError:
+                continue
+            self.ids = self.ids[:to]
             return
-        try:
-            self._cache.crop(length)
-            self.ids = self.ids[:length]
-        except HeadwiseError:  # a recurrent state cannot go back: read the text again
-            memory = self._cache.memory
-            self._reset()
-            self._cache.memory = memory
+        memory = self._cache.memory
+        self._reset()
+        self._cache.memory = memory
 
     def _reset(self) -> None:
-        self.ids, self._cache = [], self.model.new_cache()
+        self.ids, self._before = [], 0
+        self._cache: ModelCache = self.model.new_cache(self._kind, **self._options)
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -34,7 +34,10 @@ class Guess(NamedTuple):
 
 
 class Draft(Protocol):
-    """What proposes tokens."""
+    """What proposes tokens, `n_tokens` at a time."""
+
+    @property
+    def n_tokens(self) -> int: ...
 
     def guesses(self, running: Running, most: int) -> list[Guess]:
         """At most `most` tokens that may follow the text, each drawn given those before it."""
@@ -54,8 +57,8 @@ class DraftModel:
             raise SettingsError(
                 f"draft: has a vocabulary of {own} ids, the model one of {other}; give a model of the same tokenizer"
             )
-        self._session = Session(model.eval())
-        self._n_tokens = n_tokens
+        self._session = Session(model.eval(), slack=n_tokens + 1)
+        self.n_tokens = n_tokens
 
     def guesses(self, running: Running, most: int) -> list[Guess]:
         """Drawn one by one, up to an end token. Raises `HeadwiseError` where the text is too long for this model."""
@@ -63,7 +66,7 @@ class DraftModel:
             check_prompt(self._session.model, running.prompt, running.request.max_new_tokens)
         found: list[Guess] = []
         constraint = running.constraint.copy() if running.constraint else None
-        for _ in range(min(self._n_tokens, most)):
+        for _ in range(min(self.n_tokens, most)):
             new = [*running.new, *(guess.token for guess in found)]
             logits_V = running.of_tokenizer(self._session.read(running.prompt, new)[0])
             allowed_V = constraint.allowed(len(logits_V)) if constraint else None
