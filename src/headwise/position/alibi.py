@@ -1,7 +1,8 @@
 """ALiBi (Press et al. 2022; document 001): a penalty on the score that grows with the distance.
 
 bias_ij = −m_h·(i − j), with a fixed slope m_h a head. For H a power of two, m_h = 2^(−8(h+1)/H); for other H, the
-slopes of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule).
+slopes of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule). `scale`
+multiplies them all: Falcon adds the bias before it divides by √D, which makes it 1/√D.
 
 **Fast form.** The bias is a sum of a term in i and a term in j, so it rides on two extra dimensions of q and k
 (see `kernels/attention/sdpa.py`). In half precision j is split into two parts that are exact there, and so is m_h.
@@ -15,6 +16,7 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from headwise.dims import Dims
@@ -27,6 +29,7 @@ class ALiBiSpec(PositionSpec):
 
     biases: ClassVar[bool] = True
     kind: Literal["alibi"] = "alibi"
+    scale: float = Field(1.0, gt=0)
 
 
 def slopes(n_heads: int) -> list[float]:
@@ -76,7 +79,7 @@ class ALiBiPosition(Position):
     def __init__(self, spec: ALiBiSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         # Numbers, not a buffer: a model cast to half precision would round a buffer with its parameters.
-        self.slopes = slopes(dims.n_heads)
+        self.slopes = [spec.scale * slope for slope in slopes(dims.n_heads)]
 
     def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> ALiBiEncoding:
         slopes_H = torch.tensor(self.slopes, device=positions.device)
