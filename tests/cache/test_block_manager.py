@@ -29,6 +29,9 @@ class Memory:
             prefix = hash((prefix, token))
             self.slots[slot] = (prefix, token)
 
+        if len(tokens) % 2:
+            self.manager.commit(sequence)
+
     def read(self, sequence: CachedSequence) -> list[int]:
         held = [self.slots[slot] for slot in self.manager.slot_mapping(sequence, 0, sequence.num_tokens)]
         return [token for _, token in held]  # type: ignore[misc]
@@ -90,11 +93,18 @@ def test_a_hundred_thousand_operations_leave_nothing_over() -> None:
     assert manager.num_free_blocks == manager.num_blocks
 
 
+def held(manager: BlockManager, tokens: list[int]) -> CachedSequence:
+    """A sequence of these tokens, all written."""
+    sequence = manager.allocate()
+    assert manager.append(sequence, tokens) == []
+    manager.commit(sequence)
+    return sequence
+
+
 def test_what_is_shared_was_computed_after_the_same_tokens() -> None:
     """Block [3, 4] after [1, 2] is another than after [5, 6]: keys depend on what came before."""
     manager = BlockManager(8, 2)
-    first = manager.allocate()
-    manager.append(first, [1, 2, 3, 4])
+    first = held(manager, [1, 2, 3, 4])
     other = manager.allocate([5, 6, 3, 4, 0])
     assert other.num_cached_tokens == 0
     same = manager.allocate([1, 2, 3, 4, 0])
@@ -107,15 +117,29 @@ def test_equal_hashes_are_not_equal_tokens() -> None:
     modulus = 2**61 - 1
     assert hash((0, 1)) == hash((modulus, 1))
     manager = BlockManager(8, 2)
-    manager.append(manager.allocate(), [0, 1])
+    held(manager, [0, 1])
     assert manager.allocate([modulus, 1, 5]).num_cached_tokens == 0
     assert manager.allocate([0, 1, 5]).num_cached_tokens == 2
+
+
+def test_what_was_never_written_is_never_shared() -> None:
+    """A sequence that is given up between getting its places and the pass that writes them leaves no trace."""
+    manager = BlockManager(8, 2)
+    given_up = manager.allocate()
+    manager.append(given_up, [1, 2, 3, 4])
+    assert manager.allocate([1, 2, 3, 4, 0]).num_cached_tokens == 0
+    manager.free(given_up)
+    assert manager.allocate([1, 2, 3, 4, 0]).num_cached_tokens == 0
+    going_on = manager.allocate()
+    manager.append(going_on, [1, 2])
+    manager.append(going_on, [3, 4])
+    assert manager.allocate([1, 2, 3, 4, 0]).num_cached_tokens == 2
 
 
 def test_the_last_token_is_left_to_compute() -> None:
     """Its logits are what the whole prompt was fed for."""
     manager = BlockManager(8, 2)
-    manager.append(manager.allocate(), [1, 2, 3, 4])
+    held(manager, [1, 2, 3, 4])
     assert manager.allocate([1, 2, 3, 4]).num_cached_tokens == 2
     assert manager.allocate([]).num_cached_tokens == 0
 
@@ -123,9 +147,7 @@ def test_the_last_token_is_left_to_compute() -> None:
 def test_blocks_without_references_stay_until_their_place_is_needed() -> None:
     """The one unused for longest goes first; of one sequence the last block, without which the others still serve."""
     manager = BlockManager(4, 2)
-    old, new = manager.allocate(), manager.allocate()
-    manager.append(old, [1, 2, 3, 4])
-    manager.append(new, [5, 6, 7, 8])
+    old, new = held(manager, [1, 2, 3, 4]), held(manager, [5, 6, 7, 8])
     manager.free(old)
     manager.free(new)
     assert manager.num_free_blocks == 4
@@ -136,10 +158,10 @@ def test_blocks_without_references_stay_until_their_place_is_needed() -> None:
 
 def test_a_cropped_block_is_written_in_place_and_no_longer_shared_as_it_was() -> None:
     manager = BlockManager(8, 2)
-    sequence = manager.allocate()
-    manager.append(sequence, [1, 2, 3, 4])
+    sequence = held(manager, [1, 2, 3, 4])
     manager.crop(sequence, 3)
     assert manager.append(sequence, [5]) == []
+    manager.commit(sequence)
     assert manager.allocate([1, 2, 3, 4, 0]).num_cached_tokens == 2
     assert manager.allocate([1, 2, 3, 5, 0]).num_cached_tokens == 4
 
@@ -172,7 +194,7 @@ def test_a_refusal_names_the_numbers_and_changes_nothing() -> None:
 
 def test_sharing_can_be_left_out() -> None:
     manager = BlockManager(8, 2, prefix_sharing=False)
-    manager.append(manager.allocate(), [1, 2, 3, 4])
+    held(manager, [1, 2, 3, 4])
     assert manager.allocate([1, 2, 3, 4]).num_cached_tokens == 0
 
 

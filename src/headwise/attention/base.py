@@ -259,7 +259,7 @@ class Attention(nn.Module):
 
     def attend_in(self, cache: TokenCache, q_BHTE: Tensor, new: tuple[Tensor, ...], context: Context) -> Tensor | None:
         """[B,H,T,D] where the cache itself lets queries meet the tokens it keeps; else None, and nothing is stored."""
-        if naive_wanted() or context.segments is not None or (self.training and self.dropout):
+        if not cache.attends or naive_wanted() or context.segments is not None or (self.training and self.dropout):
             return None
         return cache.attend(
             q_BHTE, new, scale=self.scale, window=self.window, softcap=self.softcap, sink_H=self.sink,

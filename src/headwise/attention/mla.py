@@ -122,6 +122,8 @@ class MLAAttention(Attention):
 
     read_as_matrices: ClassVar[tuple[str, ...]] = ("wkv_b",)  # not only applied, so never quantised
     absorbed: bool | None = None
+    softcap = None
+    sink = None
 
     def __init__(self, spec: MLASpec, dims: Dims) -> None:
         nn.Module.__init__(self)  # the base's maps are not these
@@ -162,24 +164,32 @@ class MLAAttention(Attention):
         if memory_BSC is None:
             q_rope, k_rope = self.place(q_rope, context.encoding), self.place(k_rope, context.encoding)
         kept_B1SL = torch.cat([self.kv_norm(c_B1Sr), k_rope], dim=-1)
+        readable = naive_wanted() or return_attention_weights
+        y_BHTD, weights = self._meet(q_nope, q_rope, kept_B1SL, context, attn_mask, readable)
+        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights if return_attention_weights else None
+
+    def _meet(
+        self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor, context: Context, mask: Tensor | None, readable: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """How queries meet what is kept of the tokens: [B,H,T,D], and the weights from the readable form."""
+        T = q_nope.shape[2]
         if isinstance(cache := context.cache, TokenCache):
+            if cache.attends and not readable and mask is None and self._absorbs(T, cache.length, True):
+                y_BHTL = self.attend_in(cache, self._absorb(q_nope, q_rope), (kept_B1SL,), context)
+                if y_BHTL is not None:
+                    return self._recover(y_BHTL), None
             (kept_B1SL,) = cache.append(kept_B1SL, segments_BS=context.segments and context.segments[1])
             context = context.of_keys_in(cache)
-        readable = naive_wanted() or return_attention_weights
-        weights = None
-        if not readable and self._absorbs(x_BTC.shape[1], kept_B1SL.shape[2], context.causal):
-            y_BHTD = self._absorbed(q_nope, q_rope, kept_B1SL, context, attn_mask)
-        else:
-            q_BHTE, k_BHSE, v_BHSD = self._expanded(q_nope, q_rope, kept_B1SL)
-            if readable:
-                y_BHTD, weights = naive.attention(
-                    q_BHTE, k_BHSE, v_BHSD, scale=self.scale, causal=context.causal,
-                    bias_HTS=context.encoding.bias(q_BHTE, 0, q_BHTE.shape[2]),
-                    segments=context.segments, attn_mask=attn_mask,
-                )  # fmt: skip
-            else:
-                y_BHTD = self._fast(q_BHTE, k_BHSE, v_BHSD, context, attn_mask)
-        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights if return_attention_weights else None
+        if not readable and self._absorbs(T, kept_B1SL.shape[2], context.causal):
+            y_BHTL = self._fast(self._absorb(q_nope, q_rope), kept_B1SL, kept_B1SL, context, mask)
+            return self._recover(y_BHTL), None
+        q_BHTE, k_BHSE, v_BHSD = self._expanded(q_nope, q_rope, kept_B1SL)
+        if not readable:
+            return self._fast(q_BHTE, k_BHSE, v_BHSD, context, mask), None
+        return naive.attention(
+            q_BHTE, k_BHSE, v_BHSD, scale=self.scale, causal=context.causal, segments=context.segments, attn_mask=mask,
+            bias_HTS=context.encoding.bias(q_BHTE, 0, T),
+        )  # fmt: skip
 
     def cache_needs(self) -> Needs:
         return Needs(self.spec.kind, "latent")
@@ -202,19 +212,19 @@ class MLAAttention(Attention):
         k_BHSE = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
         return torch.cat([q_nope, q_rope], dim=-1), k_BHSE, v_BHSD
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor, context: Context, attn_mask: Tensor | None
-    ) -> Tensor:
-        """[B,H,T,D] from queries that meet the latents themselves.
+    def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Queries [B,H,T,r+D_R] that meet the latents themselves.
 
         The latents serve as keys and as values in place, rotated part and all: what that part would add to the result
         is cut off, and no cached number is copied.
         """
         up_HDr = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))
-        up_k, up_v = up_HDr.split([self.nope_dim, self.head_dim], dim=1)
-        q_BHTL = torch.cat([q_nope @ up_k.to(q_nope.dtype), q_rope], dim=-1)
-        y_BHTL = self._fast(q_BHTL, kept_B1SL, kept_B1SL, context, attn_mask)
-        return y_BHTL[..., : self.latent_dim] @ up_v.transpose(-1, -2).to(y_BHTL.dtype)
+        return torch.cat([q_nope @ up_HDr[:, : self.nope_dim].to(q_nope.dtype), q_rope], dim=-1)
+
+    def _recover(self, y_BHTL: Tensor) -> Tensor:
+        """[B,H,T,D] from what those queries gathered of the latents."""
+        up_HDr = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))
+        return y_BHTL[..., : self.latent_dim] @ up_HDr[:, self.nope_dim :].transpose(-1, -2).to(y_BHTL.dtype)
 
     def _fast(self, q: Tensor, k: Tensor, v: Tensor, context: Context, attn_mask: Tensor | None) -> Tensor:
         encoding, causal = context.encoding, context.causal

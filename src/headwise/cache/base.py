@@ -95,11 +95,13 @@ class TokenCache(AnyLayerCache):
     """A cache that keeps something of each token: keys and values, or a latent.
 
     Attributes:
+        attends: whether `attend` may do more than decline.
         places: where the tokens lie that `append` has handed over last, among all seen: int64 [S']. None: all of them.
         padding: segments (new tokens [B,T], tokens handed over [B,S]) that hide what stands before the shorter rows of
             what was handed over. None: rows are of one length.
     """
 
+    attends: bool = False
     places: Tensor | None = None
     padding: tuple[Tensor, Tensor] | None = None
 

@@ -13,7 +13,9 @@ place is needed; the one unused for longest goes first.
     manager = BlockManager(num_blocks=64, block_size=16)
     sequence = manager.allocate(prompt)                  # num_cached_tokens of the prompt are there already
     copies = manager.append(sequence, prompt[sequence.num_cached_tokens :])
-    manager.slot_mapping(sequence, sequence.num_cached_tokens, sequence.num_tokens)
+    slots = manager.slot_mapping(sequence, sequence.num_cached_tokens, sequence.num_tokens)
+    ...                                                  # copy blocks, run the model, which writes the slots
+    manager.commit(sequence)                             # now others may share them
     manager.free(sequence)
 """
 
@@ -135,10 +137,9 @@ class BlockManager:
         return total - len(sequence.block_table) + self._copies_tail(sequence)
 
     def append(self, sequence: CachedSequence, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Give the next tokens of a sequence their places.
+        """Give the next tokens of a sequence their places. Those before count as written, as `commit` has it.
 
-        A block that becomes full may be shared from here on, so whoever takes it up must read it after, or in the same
-        pass as, the tokens are written. Tokens below 0 are of unknown content: what holds them is never shared so.
+        Tokens below 0 are of unknown content: blocks that hold them are shared with forks only.
 
         Returns:
             Blocks to copy before anything is written and before the next change here, as (from, to).
@@ -149,6 +150,7 @@ class BlockManager:
         needed = self.blocks_needed(sequence, len(token_ids))
         if needed > self.num_free_blocks:
             raise OutOfBlocks(needed, self.num_free_blocks)
+        self.commit(sequence)
         copies, table = [], sequence.block_table
         if token_ids and sequence.num_tokens % self.block_size:
             tail = table[-1]
@@ -161,8 +163,22 @@ class BlockManager:
         sequence.token_ids.extend(token_ids)
         while len(table) * self.block_size < sequence.num_tokens:
             table.append(self._take())
-        self._enter(sequence)
         return copies
+
+    def commit(self, sequence: CachedSequence) -> None:
+        """Say that all tokens of a sequence are written: from here on its full blocks are found by their content."""
+        size = self.block_size
+        for at in range(len(sequence.contents), sequence.num_tokens // size if self.prefix_sharing else 0):
+            tokens = tuple(sequence.token_ids[at * size : (at + 1) * size])
+            if min(tokens) < 0:
+                return
+            block = sequence.block_table[at]
+            if block not in self._content:  # else a fork has seen to that
+                content = Content(sequence.contents[at - 1] if at else ROOT, tokens)
+                # Where another block has it already, what follows counts as following that one.
+                block = self._block.setdefault(content, block)
+                self._content.setdefault(block, (content, next(self._numbers)))
+            sequence.contents.append(self._content[block][1])
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A second sequence with the same tokens in the same blocks; appending to either will copy what it must."""
@@ -173,7 +189,10 @@ class BlockManager:
         )
 
     def crop(self, sequence: CachedSequence, length: int) -> None:
-        """Forget the tokens from `length` on, and give back the blocks that held nothing else."""
+        """Forget the tokens from `length` on, and give back the blocks that held nothing else.
+
+        Those of tokens that were never written, as where a pass failed, are not found by their content afterwards.
+        """
         length = min(max(length, 0), sequence.num_tokens)
         # The last block first: a content is reached through those before it, so they should be evicted after it.
         while (len(sequence.block_table) - 1) * self.block_size >= length and sequence.block_table:
@@ -222,20 +241,6 @@ class BlockManager:
     def _copies_tail(self, sequence: CachedSequence) -> bool:
         """Whether the next token goes into a block that others read too."""
         return bool(sequence.num_tokens % self.block_size) and self.ref_counts[sequence.block_table[-1]] > 1
-
-    def _enter(self, sequence: CachedSequence) -> None:
-        """Make the full blocks of a sequence known by their content."""
-        size = self.block_size
-        for at in range(len(sequence.contents), sequence.num_tokens // size if self.prefix_sharing else 0):
-            tokens = tuple(sequence.token_ids[at * size : (at + 1) * size])
-            if min(tokens) < 0:
-                return
-            content = Content(sequence.contents[at - 1] if at else ROOT, tokens)
-            held = self._block.get(content)
-            if held is None:  # else another block has it already, and what follows counts as following that one
-                held = self._block[content] = sequence.block_table[at]
-                self._content[held] = content, next(self._numbers)
-            sequence.contents.append(self._content[held][1])
 
     def _refer(self, block: int) -> None:
         self._unused.pop(block, None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from headwise.cache.base import CacheReport, TokenCache, bytes_of
-from headwise.cache.block_manager import BlockManager, CachedSequence
+from headwise.cache.block_manager import BlockManager, CachedSequence, OutOfBlocks
 from headwise.cache.model import ModelCache, Placed
 from headwise.errors import HeadwiseError
 from headwise.kernels import paged_attention
@@ -81,16 +81,21 @@ class PagedPool:
             for held, t in zip(self.layers[layer], new):
                 held.index_copy_(1, slots.flatten(), t.transpose(0, 1).flatten(1, 2).to(held.dtype))
 
-    def append(self, sequence: CachedSequence, token_ids: Sequence[int]) -> None:
-        """Give tokens their places, make the copies that takes, and more room where the pool grows.
+    def append(self, sequences: Sequence[CachedSequence], token_ids: Sequence[Sequence[int]]) -> None:
+        """Give each sequence's tokens their places, make the copies that takes, and more room where the pool grows.
 
         Raises:
-            OutOfBlocks: too few are free, and the pool does not grow.
+            OutOfBlocks: too few are free for all of them, and the pool does not grow; nothing has been changed.
         """
-        lacking = self.manager.blocks_needed(sequence, len(token_ids)) - self.manager.num_free_blocks
-        if self.grows and lacking > 0:
-            self.grow(self.manager.num_blocks + max(lacking, self.manager.num_blocks))
-        self.copy(self.manager.append(sequence, token_ids))
+        manager = self.manager
+        needed = sum(manager.blocks_needed(sequence, len(ids)) for sequence, ids in zip(sequences, token_ids))
+        lacking = needed - manager.num_free_blocks
+        if lacking > 0:
+            if not self.grows:
+                raise OutOfBlocks(needed, manager.num_free_blocks)
+            self.grow(manager.num_blocks + max(lacking, manager.num_blocks))
+        for sequence, ids in zip(sequences, token_ids):
+            self.copy(manager.append(sequence, ids))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, as `BlockManager.append` asks for."""
@@ -113,6 +118,7 @@ class PagedLayerCache(TokenCache):
     """One layer of a pool, as the rows of a `PagedModelCache` see it."""
 
     kind = "paged"
+    attends = True
 
     def __init__(self, rows: PagedModelCache, layer: int) -> None:
         self.rows, self.layer = rows, layer
@@ -285,8 +291,8 @@ class SequencesCache(PagedModelCache):
         self._set_rows(self.block_tables, self._lens())
         # Keys depend on the tokens before and on nothing else only without segments and encoder.
         plain = segments_BT is None and self.segments_BS is None and self.memory is None
-        for sequence, ids in zip(self.sequences, ids_BT.tolist()):
-            self.pool.append(sequence, ids if plain else [UNKNOWN] * len(ids))
+        ids = ids_BT.tolist() if plain else [[UNKNOWN] * ids_BT.shape[1]] * len(ids_BT)
+        self.pool.append(self.sequences, ids)
         widest = max(len(sequence.block_table) for sequence in self.sequences)
         tables = [sequence.block_table + [0] * (widest - len(sequence.block_table)) for sequence in self.sequences]
         self.block_tables = torch.tensor(tables, dtype=torch.int32, device=ids_BT.device)

@@ -37,6 +37,8 @@ class QuantisedCache(TokenCache):
         symmetric: without z. By default 8 bits are, and 4 are not.
     """
 
+    attends = True
+
     def __init__(self, bits: int, group_size: int = 32, symmetric: bool | None = None) -> None:
         super().__init__()
         self.kind = f"int{bits}"

@@ -162,6 +162,7 @@ class Scheduler:
         assert task.sequence is not None
         start = task.num_computed
         step.copies += self.manager.append(task.sequence, task.token_ids[start:stop])
+        self.manager.commit(task.sequence)  # who shares these blocks reads them later in this step
         task.num_computed = stop
         return Chunk(task, start, stop)
 
