@@ -7,13 +7,14 @@ keeps the parameters of a 4·d_model MLP.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headwise.dims import Dims
 from headwise.ffn.base import ACTIVATIONS, FFNSpec
+from headwise.kernels.together import products
 from headwise.registry import register_ffn
 
 GATES = {
@@ -46,6 +47,8 @@ class GLUSpec(FFNSpec):
 class GLU(nn.Module):
     """W_gate and W_up: C → F, W_out: F → C."""
 
+    side_by_side: ClassVar[tuple[str, ...]] = ("w_gate", "w_up")  # maps of one input
+
     def __init__(self, spec: GLUSpec, dims: Dims) -> None:
         super().__init__()
         width, bias = spec.width(dims), spec.has_bias(dims)
@@ -56,5 +59,6 @@ class GLU(nn.Module):
         self.dropout = dims.dropout
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC = self.w_out(self.activation(self.w_gate(x_BTC)) * self.w_up(x_BTC))
+        gate_BTF, up_BTF = products(x_BTC, self.w_gate, self.w_up)
+        y_BTC = self.w_out(self.activation(gate_BTF) * up_BTF)
         return F.dropout(y_BTC, self.dropout, self.training) if self.dropout else y_BTC

@@ -30,6 +30,7 @@ from headwise.errors import Problem
 from headwise.ffn.base import ACTIVATIONS, FFNSpec
 from headwise.kernels import naive_wanted
 from headwise.kernels.grouped import fast, naive
+from headwise.kernels.together import products
 from headwise.registry import register_ffn
 from headwise.start import (
     Start,
@@ -110,6 +111,8 @@ class MoESpec(FFNSpec):
 class Expert(nn.Module):
     """One feed-forward: W_out(σ(W_gate x) ⊙ W_up x), or W_out σ(W_up x) without a gate."""
 
+    side_by_side: ClassVar[tuple[str, ...]] = ("w_gate", "w_up")  # maps of one input
+
     def __init__(self, spec: MoESpec, d_model: int, d_ff: int, bias: bool) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
@@ -118,13 +121,17 @@ class Expert(nn.Module):
         self.w_out = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.w_up(x)
-        return self.w_out(self.activation(up) if self.w_gate is None else self.activation(self.w_gate(x)) * up)
+        if self.w_gate is None:
+            return self.w_out(self.activation(self.w_up(x)))
+        gate, up = products(x, self.w_gate, self.w_up)
+        return self.w_out(self.activation(gate) * up)
 
 
 @register_ffn(MoESpec)
 class MoE(nn.Module):
     """`router`: C → E; `experts`; `shared`: the shared experts side by side, one of n_shared_experts·d_ff."""
+
+    read_as_matrices: ClassVar[tuple[str, ...]] = ("router",)  # not only applied, so never quantised
 
     def __init__(self, spec: MoESpec, dims: Dims) -> None:
         super().__init__()
