@@ -55,18 +55,17 @@ def answers(
     cache: str = "auto",
 ) -> Iterator[tuple[int, Generation | HeadwiseError]]:
     """Each request's place with its result, or with why there is none, as soon as that is known."""
-    rows: dict[int, Running] = {}
-    for place, request in enumerate(requests):
-        try:
-            rows[place] = start(model, tokenizer, request)
-        except HeadwiseError as error:
-            yield place, error
-    places = list(rows)
     with evaluating(model):
-        for first in range(0, len(places), batch_size):
-            group = places[first : first + batch_size]
-            for n, problem in _together(model, [rows[place] for place in group], cache):
-                yield group[n], rows[group[n]].result() if problem is None else problem
+        for first in range(0, len(requests), batch_size):
+            rows: dict[int, Running] = {}
+            for place, request in enumerate(requests[first : first + batch_size], first):
+                try:
+                    rows[place] = start(model, tokenizer, request)
+                except HeadwiseError as error:
+                    yield place, error
+            places = list(rows)
+            for n, problem in _together(model, list(rows.values()), cache):
+                yield places[n], rows[places[n]].result() if problem is None else problem
 
 
 def _together(model: LanguageModel, rows: Sequence[Running], cache: str) -> Iterator[tuple[int, HeadwiseError | None]]:

@@ -72,41 +72,36 @@ def complete_file(
         if on_progress is not None:
             on_progress(tally)
 
-    tell()
-    waiting: list[tuple[int, dict[str, Any], Request]] = []
+    waiting: list[tuple[int, Any, Request]] = []
+    for n, line in asked.items():
+        try:
+            if n not in done:
+                waiting.append((n, *_request(writer, line, request, n)))
+        except HeadwiseError as error:
+            tally.problems[n] = str(error)
     with out.open("a", encoding="utf-8") as file:
-
-        def answer() -> None:
-            for place, found in writer.answers([each for _, _, each in waiting]):
-                n, about, _ = waiting[place]
-                if isinstance(found, HeadwiseError):
-                    tally.problems[n] = str(found)
-                else:
-                    best, *others = (each.as_json() for each in found)
-                    more = {"others": others} if others else {}
-                    kept = {"id": about["id"]} if "id" in about else {}
-                    file.write(json.dumps({"line": n, "key": keys[n], **kept, **best, **more}) + "\n")
-                    file.flush()
-                    tally.finished += 1
-                    tally.tokens += sum(len(each.token_ids) for each in found)
-                tell()
-            waiting.clear()
-
-        for n, line in asked.items():
-            if n in done:
-                continue
-            try:
-                about = _parsed(line)
-                prompt = about["prompt"] if "prompt" in about else chat_ids(writer.tokenizer, about["messages"])
-                waiting.append((n, about, replace(request, prompt=prompt, index=n)))
-            except HeadwiseError as error:
-                tally.problems[n] = str(error)
-                tell()
-            if len(waiting) == writer.batch_size:
-                answer()
-        if waiting:
-            answer()
+        tell()
+        for place, found in writer.answers([each for _, _, each in waiting]):
+            n, name, _ = waiting[place]
+            if isinstance(found, HeadwiseError):
+                tally.problems[n] = str(found)
+            else:
+                best, *others = (each.as_json() for each in found)
+                more = {"others": others} if others else {}
+                kept = {} if name is None else {"id": name}
+                file.write(json.dumps({"line": n, "key": keys[n], **kept, **best, **more}) + "\n")
+                file.flush()
+                tally.finished += 1
+                tally.tokens += sum(len(each.token_ids) for each in found)
+            tell()
     return tally
+
+
+def _request(writer: Writer, line: str, request: Request, n: int) -> tuple[Any, Request]:
+    """What line number `n` asks for, and its id."""
+    about = _parsed(line)
+    prompt = about["prompt"] if "prompt" in about else chat_ids(writer.tokenizer, about["messages"])
+    return about.get("id"), replace(request, prompt=prompt, index=n)
 
 
 def _lines(path: Path) -> list[str]:
