@@ -81,31 +81,41 @@ def hf_config(header: Header) -> Config:
 
 def decimal(value: float) -> float:
     """The shortest decimal that gives the same float32: what was meant by a number that a file keeps as one."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 def _rope(header: Header, values: Config, name: str, head_dim: int) -> dict[str, Any]:
     base = decimal(values.get(f"{name}.rope.freq_base", float, 10000.0))
     rotary_dim = values.size(f"{name}.rope.dimension_count", head_dim)
-    config = {"rope_theta": base, "partial_rotary_factor": rotary_dim / head_dim}
-    scaling = _scaling(header, values, f"{name}.rope.scaling", base, rotary_dim)
-    return config if scaling is None else {**config, "rope_scaling": scaling}
+    if name == "llama" and rotary_dim != head_dim:  # the converter reorders rows as if all turned
+        raise values.lack(f"RoPE on {rotary_dim} of {head_dim} dimensions", "all are turned in this architecture")
+    trained = values.size(f"{name}.rope.scaling.original_context_length", None)
+    return {
+        "rope_theta": base,
+        "partial_rotary_factor": rotary_dim / head_dim,
+        "original_max_position_embeddings": trained,
+        "rope_scaling": _scaling(header, values, name, base, rotary_dim, trained),
+    }
 
 
-def _scaling(header: Header, values: Config, name: str, base: float, rotary_dim: int) -> dict[str, Any] | None:
+def _scaling(
+    header: Header, values: Config, name: str, base: float, rotary_dim: int, trained: int | None
+) -> dict[str, Any] | None:
     """The scaling in Hugging Face's words; None where frequencies are as they are."""
-    trained = values.size(f"{name}.original_context_length", None)
-    known = {"original_max_position_embeddings": trained} if trained else {}
+    longest, name = values.size(f"{name}.context_length"), f"{name}.rope.scaling"
     if ROPE_FREQS in header.tensors:
         return _llama3(_factors(header, values, ROPE_FREQS, rotary_dim), base, trained or LLAMA3_CONTEXT)
     if ROPE_LONG in header.tensors or ROPE_SHORT in header.tensors:
-        long, short = (_factors(header, values, tensor, rotary_dim).tolist() for tensor in (ROPE_LONG, ROPE_SHORT))
+        long, short = (_factors(header, values, tensor, rotary_dim) for tensor in (ROPE_LONG, ROPE_SHORT))
+        amplitude = values.get(f"{name}.attn_factor", float, 1.0)
+        span = trained or longest
+        usual = math.sqrt(1 + math.log(longest / span) / math.log(span)) if longest > span > 1 else 1.0
         return {
             "rope_type": "longrope",
-            "long_factor": [decimal(factor) for factor in long],
-            "short_factor": [decimal(factor) for factor in short],
-            "attention_factor": values.get(f"{name}.attn_factor", float, 1.0),
-            **known,
+            "long_factor": [decimal(factor) for factor in long.tolist()],
+            "short_factor": [decimal(factor) for factor in short.tolist()],
+            "attention_factor": None if math.isclose(amplitude, usual, rel_tol=1e-6) else amplitude,
         }
     factor = values.get(f"{name}.factor", float, 0.0)
     kind = values.get(f"{name}.type", str, "linear" if factor else "none")
@@ -113,7 +123,7 @@ def _scaling(header: Header, values: Config, name: str, base: float, rotary_dim:
         return None
     if kind not in ("linear", "yarn"):
         raise values.lack(f"{name}.type={kind!r:.40}", "supported: none, linear, yarn, and factors in tensors")
-    scaling = {"rope_type": kind, "factor": factor, **known}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": decimal(factor)}
     if kind == "yarn":
         for theirs in ("beta_fast", "beta_slow"):
             if f"{name}.yarn_{theirs}" in values:
