@@ -59,6 +59,49 @@ def test_copied_weights_give_the_values_and_gradients_of_transformers_mixtral() 
     torch.testing.assert_close(ours.router.weight.grad, theirs.gate.weight.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_copied_weights_give_the_values_and_gradients_of_transformers_deepseek_v3(norm: bool) -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=16, moe_intermediate_size=12, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2,
+        n_shared_experts=2, routed_scaling_factor=1.7, norm_topk_prob=norm,
+    )  # fmt: skip
+    theirs = DeepseekV3MoE(config)
+    ours = moe(
+        n_experts=12, top_k=3, n_groups=4, topk_groups=2, n_shared_experts=2, routed_scaling_factor=1.7,
+        scoring="sigmoid", correction_bias=True, norm_topk_prob=norm,
+    )  # fmt: skip
+    assert ours.correction_bias is not None
+    with torch.no_grad():
+        theirs.gate.weight.copy_(ours.router.weight)
+        theirs.gate.e_score_correction_bias.copy_(0.3 * x_of(12))
+        ours.correction_bias.copy_(0.3 * x_of(12))
+        for e, expert in enumerate(ours.experts):
+            theirs.experts.gate_up_proj[e].copy_(torch.cat([expert.w_gate.weight, expert.w_up.weight]))
+            theirs.experts.down_proj[e].copy_(expert.w_out.weight)
+        for name, own in {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_out"}.items():
+            getattr(theirs.shared_experts, name).weight.copy_(getattr(ours.shared, own).weight)
+    x = x_of(3, 29, 16)
+    ours_x, theirs_x = (x.clone().requires_grad_() for _ in range(2))
+    ours_y, theirs_y = ours(ours_x), theirs(theirs_x)
+    torch.testing.assert_close(ours_y, theirs_y, atol=1e-6, rtol=1e-5)
+    ours_y.square().sum().backward()
+    theirs_y.square().sum().backward()
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.router.weight.grad, theirs.gate.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_correction_bias_keeps_its_precision_and_no_optimizer_sees_it() -> None:
+    layer = moe(n_experts=6, correction_bias=True)
+    assert "correction_bias" not in dict(layer.named_parameters())
+    layer.correction_bias.copy_(x_of(6))
+    layer.bfloat16()
+    assert torch.equal(layer.correction_bias, x_of(6))
+    assert layer.router.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_balance_loss_is_that_of_transformers_and_of_the_formula(top_k: int) -> None:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -5,11 +5,16 @@ arXiv:2401.06066): a router sends every token to k of E feed-forwards.
     S = the k experts of largest p   g_e = p_e, or p_e / Σ_{S} p with `norm_topk_prob`
     y = Σ_{e∈S} g_e · expert_e(x) + shared(x)
 
+DeepSeek-V3 (arXiv:2412.19437) changes the choice. With `scoring="sigmoid"` p = σ(W_r x), each expert by itself. With
+`correction_bias` b, S is taken by p + b, while g keeps p alone. With `n_groups` experts stand in groups side by side,
+and S is taken from the `topk_groups` whose two largest p + b have the largest sum. `routed_scaling_factor` scales g.
+
 While training, two terms are added to the loss (`aux_loss`). The load balance of Switch and Mixtral is
 
     aux_loss_coef · E · Σ_e f_e P_e,   f_e = choices of e a token, P_e = mean p_e
 
-which is at least about k, reached where all experts are chosen equally often. The router's z-loss
+which is at least about k, reached where all experts are chosen equally often; of sigmoids, P_e is the mean of
+p_e / Σ p. The correction bias is loaded and kept, never trained. The router's z-loss
 (ST-MoE, arXiv:2202.08906), z_loss_coef · mean (log Σ_e exp (W_r x)_e)², keeps its scores small.
 
 With `rank`, the experts live in a vein (document 000): z = V x once, experts r → d_ff → r, U back once. The router
@@ -18,6 +23,7 @@ reads x.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -51,7 +57,7 @@ class MoESpec(FFNSpec):
     """Mixture of experts: `top_k` of `n_experts` feed-forwards a token, and shared ones that all tokens use.
 
     `d_ff` is the hidden width of one expert: by default a dense layer's (8·d_model/3 gated, 4·d_model not), 4·rank in a
-    vein.
+    vein. That of a shared one is `shared_d_ff`, by default the same.
     """
 
     kind: Literal["moe"] = "moe"
@@ -59,14 +65,21 @@ class MoESpec(FFNSpec):
     examples: ClassVar[tuple[str, ...]] = (
         "moe(4, 2, d_ff=24)",
         'moe(5, 2, n_shared_experts=2, d_ff=17, gated=False, activation="gelu", bias=True, norm_topk_prob=False)',
-        "moe(4, 1, rank=8, n_shared_experts=1)",
+        "moe(6, 2, rank=8, n_shared_experts=1, shared_d_ff=20, scoring=sigmoid, correction_bias=true, n_groups=3, "
+        "topk_groups=2, routed_scaling_factor=2.5)",
     )
     n_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
     n_shared_experts: int = Field(0, ge=0)
     gated: bool = True
     activation: Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"] = "silu"
+    shared_d_ff: int | None = Field(None, gt=0)
     norm_topk_prob: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    n_groups: int = Field(1, ge=1)
+    topk_groups: int = Field(1, ge=1)
+    routed_scaling_factor: float = Field(1.0, gt=0)
     aux_loss_coef: float = Field(0.01, ge=0)
     z_loss_coef: float = Field(0.001, ge=0)
     rank: int | None = Field(None, ge=1)
@@ -76,12 +89,23 @@ class MoESpec(FFNSpec):
             return 4 * self.rank
         return -(-8 * dims.d_model // 24) * 8 if self.gated else 4 * dims.d_model
 
+    def shared_width(self, dims: Dims) -> int:
+        """The hidden width of all shared experts together."""
+        return self.n_shared_experts * (self.shared_d_ff or self.width(dims))
+
     def check(self, dims: Dims) -> list[Problem]:
         problems = [] if self.rank is None else rank_problems(self.rank, dims.d_model)
-        if self.top_k > self.n_experts:
-            problems.append(
-                Problem("top_k", f"{self.top_k} given, but there are n_experts={self.n_experts}; choose at most that")
-            )
+        within, which = self.n_experts, f"n_experts={self.n_experts}"
+        if self.n_experts % self.n_groups:
+            problems.append(Problem("n_groups", f"{self.n_groups} given, but {which} do not divide by it"))
+        elif self.topk_groups > self.n_groups:
+            message = f"{self.topk_groups} given, but there are n_groups={self.n_groups}; choose at most that"
+            problems.append(Problem("topk_groups", message))
+        elif self.topk_groups < self.n_groups:
+            within = self.topk_groups * self.n_experts // self.n_groups
+            which = f"{within} experts in topk_groups={self.topk_groups}"
+        if self.top_k > within:
+            problems.append(Problem("top_k", f"{self.top_k} given, but there are {which}; choose at most that"))
         return problems
 
     def _expert(self, dims: Dims, d_ff: int) -> tuple[int, int]:
@@ -93,7 +117,7 @@ class MoESpec(FFNSpec):
     def _params(self, dims: Dims, n_experts: int) -> int:
         width = self.width(dims)
         around = dims.d_model * self.n_experts + 2 * dims.d_model * (self.rank or 0)
-        shared = sum(self._expert(dims, self.n_shared_experts * width)) if self.n_shared_experts else 0
+        shared = sum(self._expert(dims, self.shared_width(dims))) if self.n_shared_experts else 0
         return around + shared + n_experts * sum(self._expert(dims, width))
 
     def param_count(self, dims: Dims) -> int:
@@ -104,7 +128,7 @@ class MoESpec(FFNSpec):
         return self._params(dims, self.top_k)
 
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
-        weights, _ = self._expert(dims, (self.top_k + self.n_shared_experts) * self.width(dims))
+        weights, _ = self._expert(dims, self.top_k * self.width(dims) + self.shared_width(dims))
         return 2 * (weights + dims.d_model * self.n_experts + 2 * dims.d_model * (self.rank or 0))
 
 
@@ -129,7 +153,12 @@ class Expert(nn.Module):
 
 @register_ffn(MoESpec)
 class MoE(nn.Module):
-    """`router`: C → E; `experts`; `shared`: the shared experts side by side, one of n_shared_experts·d_ff."""
+    """`router`: C → E; `experts`; `shared`: the shared experts side by side, as one of their widths together.
+
+    `correction_bias` [E], a buffer, starts at 0 and stays in float32 whatever the parameters are cast to.
+    """
+
+    correction_bias: Tensor | None
 
     read_as_matrices: ClassVar[tuple[str, ...]] = ("router",)  # not only applied, so never quantised
 
@@ -139,11 +168,20 @@ class MoE(nn.Module):
         C, width, bias = spec.rank or dims.d_model, spec.width(dims), spec.has_bias(dims)
         self.router = nn.Linear(dims.d_model, spec.n_experts, bias=False)
         self.experts = nn.ModuleList(Expert(spec, C, width, bias) for _ in range(spec.n_experts))
-        self.shared = Expert(spec, C, spec.n_shared_experts * width, bias) if spec.n_shared_experts else None
+        self.shared = Expert(spec, C, spec.shared_width(dims), bias) if spec.n_shared_experts else None
+        self.register_buffer("correction_bias", torch.zeros(spec.n_experts) if spec.correction_bias else None)
         self.vein = None if spec.rank is None else VeinProjector(dims.d_model, spec.rank)
         self.dropout = dims.dropout
         self.aux_loss: Tensor | None = None
         self.metrics: dict[str, Tensor] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        exact = self.correction_bias
+        super()._apply(fn, recurse)
+        moved = self.correction_bias
+        if exact is not None and moved is not None and moved.dtype != exact.dtype:
+            self.correction_bias = exact.to(moved.device)  # rounded, it would choose other experts
+        return self
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         index_Nk, weights_Nk = self.route(x_BTC.flatten(0, -2))
@@ -172,14 +210,28 @@ class MoE(nn.Module):
         wide = torch.promote_types(x_NC.dtype, torch.float32)
         with torch.autocast(x_NC.device.type, enabled=False):
             scores_NE = F.linear(x_NC.to(wide), self.router.weight.to(wide))
-        probs_NE = scores_NE.softmax(-1)
-        weights_Nk, index_Nk = probs_NE.topk(self.spec.top_k, dim=-1)
+        probs_NE = scores_NE.softmax(-1) if self.spec.scoring == "softmax" else scores_NE.sigmoid()
+        index_Nk = self._choice(probs_NE.detach())
+        weights_Nk = probs_NE.gather(-1, index_Nk)
         self.aux_loss = None
         if self.training:
+            if self.spec.scoring == "sigmoid":
+                probs_NE = probs_NE / (probs_NE.sum(-1, keepdim=True) + 1e-20)
             self.aux_loss = self._balance(probs_NE, index_Nk) + self._z_loss(scores_NE)
         if self.spec.norm_topk_prob:
-            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
-        return index_Nk, weights_Nk
+            weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        return index_Nk, weights_Nk * self.spec.routed_scaling_factor
+
+    def _choice(self, probs_NE: Tensor) -> Tensor:
+        """The experts of every token, int64 [N,k]: those of largest p + b within the best groups."""
+        by_NE = probs_NE if self.correction_bias is None else probs_NE + self.correction_bias
+        if self.spec.topk_groups < self.spec.n_groups:
+            by_NGe = by_NE.unflatten(-1, (self.spec.n_groups, -1))
+            best_NG2 = by_NGe.topk(min(2, by_NGe.shape[-1]), dim=-1).values
+            chosen_Ng = best_NG2.sum(-1).topk(self.spec.topk_groups, dim=-1).indices
+            left_out_NG = torch.ones_like(by_NGe[..., 0], dtype=torch.bool).scatter(-1, chosen_Ng, False)
+            by_NE = by_NGe.masked_fill(left_out_NG[..., None], -torch.inf).flatten(-2)
+        return by_NE.topk(self.spec.top_k, dim=-1).indices
 
     def _balance(self, probs_NE: Tensor, index_Nk: Tensor) -> Tensor:
         N, E = probs_NE.shape
@@ -206,7 +258,7 @@ class MoE(nn.Module):
             how = start_ffn(first, old, start)
         else:
             how = self._start_in_the_vein(first, old, start)
-        if not self.spec.norm_topk_prob:
+        if not self.spec.norm_topk_prob or self.spec.routed_scaling_factor != 1:
             size = self.route(x_NC)[1].sum(-1).mean()
             for tensor in first.w_out.parameters():
                 tensor.div_(size.to(tensor))

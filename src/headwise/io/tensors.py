@@ -94,10 +94,15 @@ def assign(
     Args:
         module: gets all its tensors; shared ones stay shared.
         tensors: (name as in `module_tensors`, tensor), each fetched, converted and let go before the next.
-        device, dtype: where and in what precision they are kept; None: as they come.
+        device, dtype: where and in what precision they are kept; None: as they come. Buffers keep the precision they
+            come in.
     """
     names = {shared[0]: shared for shared, _ in _shared(module)}
     for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in module.get_submodule(owner)._buffers:
+            setattr(module.get_submodule(owner), leaf, _aligned(tensor.to(device)))
+            continue
         made = torch.nn.Parameter(_aligned(tensor.to(device, dtype if tensor.is_floating_point() else None)))
         for each in names[name]:
             owner, _, leaf = each.rpartition(".")
