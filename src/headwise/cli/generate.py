@@ -87,7 +87,7 @@ class GenerateSettings(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
 
     def contradictions(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        given = {name for name in self.model_fields_set if getattr(self, name) not in (None, False)}
+        given = {n for n in self.model_fields_set if (v := getattr(self, n)) is not None and v is not False}
 
         def among(*names: str) -> list[str]:
             return [f"--{name.replace('_', '-')}" for name in names if name in given]
