@@ -50,8 +50,10 @@ class Interleaving:
         sequences = [self.pool.manager.allocate(ids) for _ in range(rows)]
         known = sequences[0].num_cached_tokens
         self.shared += known
-        contiguous, own = self.model.new_cache("contiguous"), self.new_own()
-        branch = Branch(ids_BT[:, :known], self.pool.cache(sequences), contiguous, own)
+        given = self.pool.cache(sequences)
+        paged = given.fork()  # its sequences are its own
+        given.free()
+        branch = Branch(ids_BT[:, :known], paged, self.model.new_cache("contiguous"), self.new_own())
         for cache in branch.plain if known else ():
             self.model(ids_BT[:, :known], cache=cache)
         self.branches.append(branch)

@@ -13,6 +13,7 @@ engine does, makes one for each pass; `SequencesCache` asks the manager for room
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -121,7 +122,13 @@ class PagedLayerCache(TokenCache):
     attends = True
 
     def __init__(self, rows: PagedModelCache, layer: int) -> None:
-        self.rows, self.layer = rows, layer
+        self._rows, self.layer = weakref.ref(rows), layer  # it lives in what it refers to
+
+    @property
+    def rows(self) -> PagedModelCache:
+        rows = self._rows()
+        assert rows is not None
+        return rows
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -274,12 +281,12 @@ class PagedModelCache(ModelCache):
 class SequencesCache(PagedModelCache):
     """Rows that are sequences of the pool's manager: they get their blocks as tokens come.
 
-    `fork` and `reorder` share blocks, which are copied where they are written. `free` gives all blocks back; a cache
-    that is no longer used does so by itself.
+    `fork` and `reorder` share blocks, which are copied where they are written. `free` gives all blocks back. A cache
+    that is no longer used does so by itself, but for sequences that were given to it.
     """
 
     def __init__(self, pool: PagedPool, sequences: Sequence[CachedSequence] = ()) -> None:
-        self.sequences = list(sequences)
+        self.sequences, self._owns = list(sequences), not sequences
         super().__init__(pool, torch.zeros(len(self.sequences), 0, dtype=torch.int32), self._lens())
 
     def _lens(self) -> Tensor:
@@ -306,13 +313,16 @@ class SequencesCache(PagedModelCache):
     def reorder(self, rows: Tensor) -> None:
         before = self.sequences
         self.sequences = [self.pool.manager.fork(before[row]) for row in rows.tolist()]
-        self._release(before)
+        if self._owns:
+            self._release(before)
+        self._owns = True
         self._set_rows(self.block_tables[rows.to(self.block_tables.device)], self._lens())
         self._reorder_own(rows)
 
     def fork(self) -> Self:
         other = type(self)(self.pool, [self.pool.manager.fork(sequence) for sequence in self.sequences])
         other.block_tables, other.segments_BS, other.memory = self.block_tables, self.segments_BS, self.memory
+        other._owns = True
         return other
 
     def free(self) -> None:
@@ -326,7 +336,8 @@ class SequencesCache(PagedModelCache):
             self.pool.manager.free(sequence)
 
     def __del__(self) -> None:
-        self._release(self.sequences)
+        if self._owns:
+            self._release(self.sequences)
 
 
 def new_paged_cache(n_layers: int, *, block_size: int = 64, num_blocks: int | None = None) -> SequencesCache:

@@ -6,8 +6,8 @@ A token's numbers of one head go in groups of `group_size`. With n = 2^bits − 
     symmetric:   x̂ = s·c,       s = max|x| / (2^(bits−1) − 1),               c in −(2^(bits−1) − 1) … 2^(bits−1) − 1
 
 so that |x − x̂| ≤ s/2: a 510th of a group's range in 8 bits, a 30th in 4 (asymmetric), beside the rounding of s and z to
-float16. A token costs bits/8 bytes a number and 2 (symmetric) or 4 bytes a group: at group_size 32 and 64-wide heads
-68 bytes a head and tensor in int8 and 40 in int4, against 128 in float16.
+float16, whose range numbers should not leave. A token costs bits/8 bytes a number and 2 (symmetric) or 4 bytes a group:
+at group_size 32 and 64-wide heads 68 bytes a head and tensor in int8 and 40 in int4, against 128 in float16.
 
 Every token is read back as it is stored, the newest too, so that results do not depend on how a text was cut up.
 """
