@@ -325,6 +325,17 @@ def test_a_paged_cache_reports_the_pool_and_its_rows_and_gives_blocks_back() -> 
     assert pool.manager.num_free_blocks == 16
 
 
+def test_positions_that_depend_on_the_whole_length_are_not_shared_by_unequal_rows() -> None:
+    model = model_of(position="rope(scaling=dynamic(2, original_max_position_embeddings=8))")
+    pool = PagedPool(2, num_blocks=16, block_size=4)
+    rows = [pool.manager.allocate(), pool.manager.allocate()]
+    with torch.no_grad():
+        model(tokens(1, 3), cache=pool.cache(rows[:1]))
+        model(tokens(2, 5), cache=pool.cache(rows))
+        with pytest.raises(HeadwiseError, match=r"at 9 tokens .* one by one"):
+            model(tokens(2, 1), cache=pool.cache(rows))
+
+
 def test_segments_and_unequal_rows_exclude_each_other() -> None:
     model, pool = model_of(), PagedPool(2, num_blocks=16, block_size=4)
     rows = [pool.manager.allocate(), pool.manager.allocate()]

@@ -36,11 +36,17 @@ class Stack(nn.Module):
         specs = [spec.attention.at(layer) for layer in range(n_layers)]
         self.rotary_dims = [a.rotary_dim(dims) if isinstance(a, AttentionSpec) else dims.head_dim for a in specs]
 
-    def place(self, x_BTC: Tensor, positions: Tensor, seq_len: int) -> Tensor:
+    def place(self, x_BTC: Tensor, placed: Placed) -> Tensor:
         """Embeddings with absolute positions added, where the code does that; refuses lengths it cannot place."""
+        unequal = placed.positions.dim() == 2 and placed.segments is None
         for code in self._codes():
-            code.check_length(seq_len)
-            x_BTC = code.embed(x_BTC, positions)
+            code.check_length(placed.seq_len)
+            if unequal and code.by_length(placed.seq_len):
+                raise HeadwiseError(
+                    f"at {placed.seq_len} tokens this model's positions depend on the length of a whole input, which "
+                    "rows of unequal length in one batch do not share; give such texts one by one"
+                )
+            x_BTC = code.embed(x_BTC, placed.positions)
         return x_BTC
 
     def new_cache(self, kind: str = "auto", **options: Any) -> ModelCache:
@@ -165,7 +171,7 @@ class LanguageModel(nn.Module, ABC):
         x_BTC = self.embedding(ids_BT)
         if self.embedding_scale is not None:
             x_BTC = x_BTC * self.embedding_scale
-        x_BTC = stack.place(self.embedding_norm(x_BTC), placed.positions, placed.seq_len)
+        x_BTC = stack.place(self.embedding_norm(x_BTC), placed)
         return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
 
     def logits(self, y_BTC: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ class Position(nn.Module):
     def check_length(self, seq_len: int) -> None:
         """Refuse an input of `seq_len` tokens where the code cannot place them; by default there is no limit."""
 
+    def by_length(self, seq_len: int) -> bool:
+        """Whether what is made ready depends on `seq_len` itself, so that rows of unequal length would share it."""
+        return False
+
     def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> Encoding:
         """Make ready for new tokens at `positions` ([T] or [B,T]) among `seq_len` tokens in all."""
         return Encoding()

@@ -261,8 +261,8 @@ class RoPEEncoding(Encoding):
 
     def _table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype not in self._tables:
-            cos, sin = self.angles.cos() * self.amplitude, self.angles.sin() * self.amplitude
-            self._tables[dtype] = cos.to(dtype), sin.to(dtype)
+            cos, sin = fast.tables(self.angles, interleaved=self.interleaved)
+            self._tables[dtype] = (cos * self.amplitude).to(dtype), (sin * self.amplitude).to(dtype)
         return self._tables[dtype]
 
 
@@ -274,6 +274,12 @@ class RoPEPosition(Position):
 
     def __init__(self, spec: RoPESpec, dims: Dims) -> None:
         super().__init__(spec, dims)
+
+    def by_length(self, seq_len: int) -> bool:
+        scaling = self.spec.scaling
+        if isinstance(scaling, DynamicScaling | LongRopeScaling):
+            return seq_len > scaling.original_max_position_embeddings
+        return False
 
     def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> RoPEEncoding:
         spec, rotary_dim = self.spec, self.spec.rotary_dim(head_dim)
