@@ -134,7 +134,7 @@ class Joint:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each map makes of x."""
         y = packed_linear.linear(x, self._codes, self._scales, in_order=True)
-        return tuple(each.shifted(part) for each, part in zip(self.maps, y.split(self._rows, -1)))
+        return tuple(each.shifted(part) for each, part in zip(self.maps, y.split_with_sizes(self._rows, -1)))
 
 
 def quantise(module: nn.Module, scheme: Scheme = "int4", *, group_size: int | None = None) -> nn.Module:

@@ -51,7 +51,8 @@ def attend(
         q_BHTE, k_BKSE, v_BKSD, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )  # fmt: skip
-    return y_BHTD[:, :, int(causal and sink_H is not None) :, :D]
+    y_BHTD = y_BHTD[..., :D] if wider > 0 else y_BHTD
+    return y_BHTD[:, :, 1:] if causal and sink_H is not None else y_BHTD
 
 
 def _with_sink(

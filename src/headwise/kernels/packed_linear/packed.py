@@ -76,14 +76,15 @@ def unpack(codes: Tensor) -> Tensor:
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """x [...,K] times the transposed matrix, [...,N]: rounded to bfloat16 in between, returned in x's dtype."""
-    rows = x.to(torch.bfloat16).view(-1, x.shape[-1])
-    if len(rows) > FEW[codes.dtype]:
+    *shape, K = x.shape
+    rows = x.to(torch.bfloat16).reshape(-1, K)
+    if rows.shape[0] > FEW[codes.dtype]:
         y = rows @ _spread(codes, scales)
     elif codes.dtype == torch.int8:
         y = torch._weight_int8pack_mm(rows, codes, scales)
     else:
-        y = torch._weight_int4pack_mm_for_cpu(rows, codes, rows.shape[-1] // len(scales), scales.contiguous())
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = torch._weight_int4pack_mm_for_cpu(rows, codes, K // scales.shape[0], scales.contiguous())
+    return y.to(x.dtype).view(*shape, -1)
 
 
 def _spread(codes: Tensor, scales: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RoPE with real arithmetic: two products and a swap of halves."""
+"""RoPE with real arithmetic: x·cos plus x with the members of each pair swapped, times ±sin."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 
+def tables(angles: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Factors [..., T, 2N] of each dimension and of its partner in the pair, from the angles [..., T, N]."""
+    cos, sin = angles.cos(), angles.sin()
+    join = torch.stack if interleaved else torch.cat
+    both = join([cos, cos], dim=-1), join([-sin, sin], dim=-1)
+    return (both[0].flatten(-2), both[1].flatten(-2)) if interleaved else both
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """As `naive.rotate`, from the cosines and sines [..., T, N] of the angles."""
+    """As `naive.rotate`, from the `tables` of the angles; dimensions from 2N on stay as they are."""
     n = cos.shape[-1]
-    turned, rest = x[..., : 2 * n], x[..., 2 * n :]
+    if n < x.shape[-1]:
+        return torch.cat([rotate(x[..., :n], cos, sin, interleaved=interleaved), x[..., n:]], dim=-1)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        y = torch.stack(_turn(a, b, cos, sin), dim=-1).flatten(-2)
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        a, b = turned[..., :n], turned[..., n:]
-        y = torch.cat(_turn(a, b, cos, sin), dim=-1)
-    return torch.cat([y, rest], dim=-1) if rest.shape[-1] else y
-
-
-def _turn(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(a·cos − b·sin, b·cos + a·sin), each in two passes over memory."""
-    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+        a, b = x.chunk(2, dim=-1)
+        partner = torch.cat((b, a), dim=-1)
+    return torch.addcmul(x * cos, partner, sin)
