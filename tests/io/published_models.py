@@ -19,22 +19,28 @@ logging.disable_progress_bar()
 # Token ids that a class names by default lie outside a small vocabulary.
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 VOCAB, LENGTH = 61, 50
+# transformers' eager Falcon adds ALiBi's bias twice, to the mask and to the scores; its default form does not.
+FORMS = {"falcon": "sdpa"}
 
 
 def published(model_type: str, **config: Any) -> Any:
     """A model of transformers' class for `model_type`; every weight is random, norms and biases too."""
     made = AutoConfig.for_model(model_type, **{"vocab_size": VOCAB, **NO_IDS, **config})
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(made, attn_implementation=FORMS.get(model_type, "eager")).eval()
     generator = torch.Generator().manual_seed(len(str(made)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+            buffer = model.get_buffer(name)
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 
 def reread(folder: Path) -> Any:
     """The folder's model as transformers reads it, in the dtype it is stored in."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="auto").eval()
+    form = FORMS.get(AutoConfig.from_pretrained(folder).model_type, "eager")
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=form, dtype="auto").eval()
 
 
 def some_ids() -> Tensor:

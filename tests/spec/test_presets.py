@@ -85,6 +85,7 @@ PUBLISHED: dict[str, tuple[Any, Callable[[], Any], int]] = {
     "bloom(size='7.1b')": (hf.BloomForCausalLM, lambda: bloom_config(4096, 30, 32), 7_069_016_064),
     "bloom(size='176b')": (hf.BloomForCausalLM, lambda: bloom_config(14336, 70, 112), 176_247_271_424),
     "gptj(size='6b')": (hf.GPTJForCausalLM, hf.GPTJConfig, 6_050_882_784),
+    "gpt_neox(size='20b')": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, 20_554_567_680),
 }  # fmt: skip
 
 

@@ -215,6 +215,19 @@ PRESETS: dict[str, Preset] = {
         },
         _sizes({"vocab_size": 50400, "max_seq_len": 2048}, _6b=_shape(28, 4096, 16)),
     ),
+    "gpt_neox": Preset(
+        "GPT-NeoX (2022): attention and feed-forward in parallel, a LayerNorm for each, RoPE on a quarter of each head",
+        {
+            "attention": "softmax",
+            "position": _rope(partial_rotary_factor=0.25),
+            "norm": "layernorm",
+            "ffn": {"kind": "mlp", "activation": "gelu"},
+            "order": "parallel_two_norms",
+            "bias": True,
+            "init": "normal",
+        },
+        _sizes({"max_seq_len": 2048}, _20b=_shape(44, 6144, 64, vocab_size=50432)),
+    ),
     "transformer": Preset(
         "The 2017 Transformer (Vaswani et al.): encoder–decoder, sinusoidal positions, post-norm, ReLU",
         {

@@ -58,6 +58,22 @@ class Rows(Rearrangement):
 
 
 @dataclass(frozen=True)
+class Grouped(Rearrangement):
+    """One tensor of the file holds several of ours in `groups`, each with `sizes` rows of each (the queries of one key
+    head, its key, its value)."""
+
+    groups: int
+    sizes: tuple[int, ...]
+
+    def read(self, theirs: Sequence[Tensor]) -> list[Tensor]:
+        parts = theirs[0].unflatten(0, (self.groups, -1)).split(list(self.sizes), dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+
+    def write(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in ours], dim=1).flatten(0, 1)]
+
+
+@dataclass(frozen=True)
 class Then(Rearrangement):
     """Two rearrangements, `first` next to the file."""
 
