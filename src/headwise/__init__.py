@@ -28,6 +28,7 @@ _HOMES = {
     "save_pretrained": "headwise.io.pretrained",
     "register_with_transformers": "headwise.io.attention_interface",
     "swap": "headwise.model.surgery",
+    "quantise": "headwise.model.quantise",
     "train": "headwise.train",
     "resume": "headwise.train",
     "generate": "headwise.generate",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from headwise.lab.bench import bench as bench
     from headwise.lab.compare import compare as compare
     from headwise.model import build as build
+    from headwise.model.quantise import quantise as quantise
     from headwise.model.surgery import swap as swap
     from headwise.registry import get_attention as get_attention
     from headwise.registry import get_ffn as get_ffn

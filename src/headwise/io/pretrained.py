@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from headwise.errors import FormatError, SpecError
+from headwise.errors import FormatError, SettingsError, SpecError
 from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.checkpoint import MODEL, list_checkpoints, read_checked_tensors, read_json, read_state
 from headwise.io.hf.folder import CONFIG, MOST_CONFIG, hf_spec, load_hf
 from headwise.io.json_file import read_object
 from headwise.io.tensors import assign, check_fits, common_dtype, module_tensors, read_tensors, write_tensors
 from headwise.model import build
+from headwise.model.quantise import Scheme, arrange, quantisation
+from headwise.model.quantise import quantise as put_in_bits
 from headwise.spec import ModelSpec, parse
 
 if TYPE_CHECKING:
@@ -55,7 +57,13 @@ def save_pretrained(module: LanguageModel, folder: Path | str, tokenizer: Saves 
     with atomic_dir(folder) as temporary:
         write_json(
             temporary / CONFIG,
-            {"format": "headwise-model", "version": VERSION, "line": str(spec), "spec": spec.model_dump(mode="json")},
+            {
+                "format": "headwise-model",
+                "version": VERSION,
+                "line": str(spec),
+                "spec": spec.model_dump(mode="json"),
+                "quantised": quantisation(module),
+            },
         )
         write_tensors(temporary / MODEL, module_tensors(module))
         if tokenizer is not None:
@@ -67,6 +75,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     *,
+    quantise: Scheme | None = None,
     check: bool = False,
 ) -> LanguageModel:
     """The model at `path`, in eval mode, with its `spec`.
@@ -77,15 +86,19 @@ def load(
         path: a folder of ours or of a training run, a Hugging Face folder, a GGUF file or a folder with one.
         device: where the parameters are kept; the CPU by default.
         dtype: in what precision; by default the one they are stored in (float32 where GGUF has them quantised).
+        quantise: put its linear maps into "int8" or "int4" (see `hw.quantise`); a model saved so needs no telling.
         check: also look at every number, and refuse weights that are NaN or infinite.
 
     Raises:
         FormatError: in one line, for whatever is missing, cut short, of another shape, or asks for what we lack.
+        SettingsError, HeadwiseError: as `hw.quantise` raises them.
     """
     path = Path(path)
     module = _form(path).load(path, device, dtype)
     if check:
         check_finite(module, path)
+    if quantise is not None:
+        put_in_bits(module, quantise)
     return module
 
 
@@ -153,7 +166,19 @@ def _parsed(about: dict[str, Any], name: str, where: Path) -> ModelSpec:
 
 
 def _load_own(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
-    return _filled(_own_spec(path), read_tensors(path / MODEL), path / MODEL, device, dtype)
+    spec, quantised = _own_spec(path), read_json(path / CONFIG, "headwise-model", VERSION).get("quantised")
+    tensors, where = read_tensors(path / MODEL), path / MODEL
+    if quantised is None:
+        return _filled(spec, tensors, where, device, dtype)
+    module = build(spec, device="meta", dtype=dtype or common_dtype(tensors))
+    try:
+        put_in_bits(module, quantised["scheme"], group_size=quantised["group_size"])
+    except (SettingsError, KeyError, TypeError):
+        raise FormatError(f"{path / CONFIG} is damaged: it says of how its weights are kept {quantised!r}") from None
+    check_fits(module_tensors(module), tensors, where)
+    module.to_empty(device=device or "cpu").load_state_dict(tensors, strict=False)
+    arrange(module)
+    return module.eval()
 
 
 def _load_run(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
