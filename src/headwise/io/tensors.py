@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from headwise.errors import FormatError
+from headwise.errors import FormatError, short
 from headwise.io.safetensors_header import check_header
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _shared(module: nn.Module) -> list[tuple[list[str], Tensor]]:
 def check_fits(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
     """Refuse tensors whose names and shapes are not exactly those wanted; the `FormatError` names them."""
     problems = [f"{name!r} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name!r} is not part of the model" for name in tensors if name not in wanted]
+    problems += [f"{short(name)} is not part of the model" for name in tensors if name not in wanted]
     problems += [
         f"{name!r} has shape {tuple(tensors[name].shape)}, the model needs {tuple(tensor.shape)}"
         for name, tensor in wanted.items()

@@ -17,7 +17,7 @@ from headwise.registry import ComponentSpec
 from headwise.spec import ModelSpec
 
 P = TypeVar("P", bound=ComponentSpec)
-MOST_LAYERS = 4096  # far more than any published model has
+MOST_LAYERS = 1024  # far more than any published model has
 
 # transformers' activations → ours.
 ACTIVATIONS = {

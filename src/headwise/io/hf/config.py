@@ -19,6 +19,7 @@ _WORDS = {
     list: "a list",
     dict: "an object",
 }
+FARTHEST = 10**30  # from zero; no config has numbers beyond
 
 
 class Config:
@@ -45,8 +46,10 @@ class Config:
             if default is _NEEDED:
                 raise FormatError(f"{self.where}: {name!r} is missing")
             return default
-        fits = isinstance(value, int | float if kind is float else kind)
-        if (isinstance(value, bool) and kind is not bool) or not fits or (kind is int and value < 0):
+        fits = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+        if fits and kind in (int, float):
+            fits = -FARTHEST < value < FARTHEST and (kind is float or value >= 0)
+        if not fits:
             raise FormatError(f"{self.where}: {name!r} should be {_WORDS[kind]}, not {short(value)}")
         return float(value) if kind is float else value
 

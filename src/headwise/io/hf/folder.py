@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from headwise.errors import FormatError, SpecError
+from headwise.errors import FormatError, SpecError, short
 from headwise.io.hf import family_of
 from headwise.io.hf.config import Config
 from headwise.io.hf.family import Entry, Family
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 UNOPENED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".npz", ".ot")  # weights in formats that can run code, mostly
-MOST_CONFIG, MOST_INDEX = 1 << 20, 1 << 25  # bytes; far above any of either
+MOST_CONFIG = 1 << 19  # bytes; far above any
+# One of the folder's own files, and no path to anywhere else.
+SHARD = re.compile(r"[A-Za-z0-9][\w.+-]*\.safetensors", re.ASCII)
 
 
 def hf_spec(path: Path) -> ModelSpec:
@@ -95,12 +98,15 @@ def read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> dict[str, str]:
-    places = read_object(index, MOST_INDEX).get("weight_map")
+    # Every name in the index stands in a shard's header too, so it cannot be larger than they.
+    most = max(1 << 16, sum(shard.stat().st_size for shard in index.parent.glob("*.safetensors")))
+    places = read_object(index, most, (1 << 14) + most // 64).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FormatError(f"{index}: 'weight_map' is missing or no object")
     for name, shard in places.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise FormatError(f"{index}: {name!r} should name a .safetensors file of this folder, not {shard!r:.60}")
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            given = f"{short(name)} lies in {short(shard)}"
+            raise FormatError(f"{index}: {given}, and should in a .safetensors file of this folder")
     return places
 
 
