@@ -19,7 +19,8 @@ SMALL = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 500000.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3]}
+LONG |= {"long_factor": [1.0, 2.0, 4.0, 7.5], "original_max_position_embeddings": 32}
 TURNS = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,6 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 24},
     ),
     "llama yarn": ("llama", {"rope_parameters": YARN, "hidden_act": "gelu"}),
+    "llama longrope, its own amplitude": (
+        "llama",
+        {"rope_parameters": {**LONG, "factor": 3.0, "attention_factor": 1.2}, "tie_word_embeddings": True},
+    ),
     "llama yarn, spelt out": (
         "llama",
         {"rope_parameters": {**YARN, "beta_fast": 20.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False}},
@@ -61,6 +66,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", {"sliding_window": 11}),
+    "phi3 beyond its first length": (
+        "phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
+    ),
+    "phi3 within its first length": (
+        "phi3",
+        {
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 128,
+        },
+    ),
     "phi3 partial, tied": (
         "phi3",
         {
