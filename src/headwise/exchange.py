@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwise.data.portable import portable
-from headwise.data.tokenizers import Tokenizer, load_tokenizer
+from headwise.data.tokenizers import RustBackedTokenizer, Tokenizer, load_tokenizer
 from headwise.errors import DataError, SettingsError, one_of
 from headwise.io.atomic import atomic_dir
 from headwise.io.hf.export import save_hf
@@ -21,23 +21,56 @@ if TYPE_CHECKING:
     from headwise.model.base import LanguageModel
 
 
+Writer = Callable[["LanguageModel", Path, RustBackedTokenizer | None], str]
+
+
 @dataclass(frozen=True)
 class Format:
-    """A form that models are exported in: one line about it, and what writes a model and the ids of its special tokens
-    into a folder and says what it is then."""
+    """A form that models are exported in: one line about it, and what writes a model with its tokenizer to a path and
+    says what it is then. A folder is made at the path itself; a single file may stand in a folder of that name."""
 
     summary: str
-    write: Callable[[LanguageModel, Path, Mapping[str, Any]], str]
+    write: Writer
+    file: str | None = None
+
+    def place(self, out: Path) -> Path:
+        """Where it is written: the file asked for, or one in a folder."""
+        return out if self.file is None or out.suffix == Path(self.file).suffix else out / self.file
 
 
-def _with_code(module: LanguageModel, folder: Path, special_ids: Mapping[str, Any]) -> str:
-    save_with_code(module, folder, dict(special_ids))
+def _hf(module: LanguageModel, folder: Path, tokenizer: RustBackedTokenizer | None) -> str:
+    with atomic_dir(folder) as temporary:
+        saved_as = save_hf(module, temporary, tokenizer.special_ids if tokenizer else {})
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+    return saved_as
+
+
+def _with_code(module: LanguageModel, folder: Path, tokenizer: RustBackedTokenizer | None) -> str:
+    with atomic_dir(folder) as temporary:
+        save_with_code(module, temporary, tokenizer.special_ids if tokenizer else {})
+        if tokenizer is not None:
+            tokenizer.save(temporary)
     return "HeadwiseForCausalLM, with its code"
 
 
+def _gguf(kind: str | None) -> Writer:
+    def write(module: LanguageModel, file: Path, tokenizer: RustBackedTokenizer | None) -> str:
+        from headwise.io.gguf.export import save_gguf
+
+        return save_gguf(
+            module, file, kind, (tokenizer.rust, tokenizer.config, tokenizer.eos_ids) if tokenizer else None
+        )
+
+    return write
+
+
 FORMATS: dict[str, Format] = {
-    "hf": Format("a class that transformers has, for all that reads its folders; known families only", save_hf),
+    "hf": Format("a class that transformers has, for all that reads its folders; known families only", _hf),
     "hf-code": Format("a folder for transformers that brings its own code; any decoder", _with_code),
+    "gguf": Format("a file for llama.cpp in the precision that the weights have", _gguf(None), "model.gguf"),
+    "gguf-f16": Format("a file for llama.cpp in half precision", _gguf("f16"), "model.gguf"),
+    "gguf-q8_0": Format("a file for llama.cpp in 8 bits", _gguf("q8_0"), "model.gguf"),
 }
 
 
@@ -92,7 +125,7 @@ def export_model(path: Path | str, out: Path | str, *, format: str = "hf", check
 
     Args:
         path: as `headwise.load` takes it.
-        out: the new folder; missing or empty.
+        out: the new folder, missing or empty; for GGUF the new file, or a folder for it.
         format: one of FORMATS.
         check: refuse weights that are NaN or infinite.
 
@@ -103,13 +136,10 @@ def export_model(path: Path | str, out: Path | str, *, format: str = "hf", check
     """
     if format not in FORMATS:
         raise SettingsError(one_of(format, FORMATS, "format"))
-    out = _free(out)
+    out = FORMATS[format].place(_free(out))
     module = load(path, check=check)
     tokenizer, why = _tokenizer(path)
-    with atomic_dir(out) as folder:
-        saved_as = FORMATS[format].write(module, folder, tokenizer.special_ids if tokenizer else {})
-        if tokenizer is not None:
-            portable(tokenizer).save(folder)
+    saved_as = FORMATS[format].write(module, out, portable(tokenizer) if tokenizer is not None else None)
     return _moved(module, saved_as, tokenizer, why, out)
 
 
@@ -130,5 +160,5 @@ def _tokenizer(path: Path | str) -> tuple[Tokenizer | None, str | None]:
 def _free(out: Path | str) -> Path:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SettingsError(f"out: {out} exists and is not empty; choose another folder")
+        raise SettingsError(f"out: {out} exists and is not empty; choose another name")
     return out

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run, run_json
+
+import headwise as hw
+from headwise.data import load_tokenizer
+from headwise.data.tokenizers import ByteTokenizer
 
 
 def test_show_prints_the_line_of_a_file(smollm2_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +39,20 @@ def test_a_file_that_is_none_is_one_line(command: str, tmp_path: Path, capsys: p
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_export_writes_a_file_or_one_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = hw.build("llama(vocab_size=257, max_seq_len=32, d_model=32, n_layers=1, n_heads=2)")
+    hw.save_pretrained(model, tmp_path / "model", ByteTokenizer(eos=True))
+    source = str(tmp_path / "model")
+    facts = run_json(capsys, "export", source, "--format", "gguf-q8_0", "--out", str(tmp_path / "a.gguf"))
+    assert facts["saved_as"] == "GGUF, llama in Q8_0"
+    assert facts["out"] == str(tmp_path / "a.gguf")
+    run_json(capsys, "export", source, "--format", "gguf", "--out", str(tmp_path / "folder"))
+    assert (tmp_path / "folder" / "model.gguf").is_file()
+    again = hw.load(tmp_path / "folder")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert load_tokenizer(tmp_path / "a.gguf").eos_id == 256
+    status, _, err = run(capsys, "export", source, "--format", "gguf", "--out", str(tmp_path / "a.gguf"))
+    assert status == 2
+    assert "exists and is not empty; choose another name" in err

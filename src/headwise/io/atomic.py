@@ -90,8 +90,10 @@ def atomic_dir(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
         os.close(lock)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Writes `data` to the file `path` atomically, making its folder where needed. Raises WriteError."""
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """A temporary file beside `path` to write into; it becomes `path`, whose folder is made where needed, when the block
+    ends without an exception. Raises WriteError for an OSError, in the block too."""
     target = _real(path)
     with _reported(target):
         if target.is_dir():
@@ -100,16 +102,20 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             )
         temporary, lock = _claim(target, _new_file)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             os.close(lock)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes `data` to the file `path` atomically, making its folder where needed. Raises WriteError."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -163,25 +163,26 @@ def _byte_level(header: Header, values: Config, tokens: list[str]) -> Tokenizer:
     listed = header.values.get("tokenizer.ggml.merges")
     if not isinstance(listed, Strings):
         raise FormatError(f"{values.where}: tokenizer.ggml.merges is missing or no list of merges")
-    merges = []
-    for merge in listed:
-        left, _, right = merge[1:].partition(" ")  # neither part is empty, and the first may be a space
-        merges.append((merge[:1] + left, right))
     vocab = {token: number for number, token in enumerate(tokens)}
+    pairs = (merge.partition(" ") for merge in listed)
+    # llama.cpp takes back a merge that makes no token; files without any have one, since it asks for merges.
+    merges = [(left, right) for left, _, right in pairs if left + right in vocab]
     rust = Tokenizer(models.BPE(vocab, merges, ignore_merges=name in WHOLE_WORDS))
     rust.decoder = decoders.ByteLevel()
-    rule = RULES[name]
-    if rule is None or rule == "digits":
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        rust.pre_tokenizer = plain if rule is None else pre_tokenizers.Sequence([digits, plain])
-    else:
-        split = pre_tokenizers.Split(Regex(rule), behavior="isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        rust.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    if rule == _QWEN2:
+    rust.pre_tokenizer = words(RULES[name])
+    if RULES[name] == _QWEN2:
         rust.normalizer = normalizers.NFC()
     return rust
+
+
+def words(rule: str | None) -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into words by one of RULES, and spells them in bytes."""
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule is None or rule == "digits")
+    if rule is None:
+        return plain
+    if rule == "digits":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), behavior="isolated"), plain])
 
 
 def _sentencepiece(header: Header, values: Config, tokens: list[str]) -> Tokenizer:
