@@ -5,6 +5,7 @@ A preset without a size is a style, built at whatever size a comparison asks for
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ def _rope(base: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"kind": "rope", "base": base, **more}
 
 
+DEEPSEEK = {"n_shared_experts": 1, "scoring": "sigmoid", "correction_bias": True}
 LLAMA3_ROPE = _rope(500000.0)
 
 
@@ -227,6 +229,77 @@ PRESETS: dict[str, Preset] = {
             "init": "normal",
         },
         _sizes({"max_seq_len": 2048}, _20b=_shape(44, 6144, 64, vocab_size=50432)),
+    ),
+    "mixtral": Preset(
+        "Mixtral (Jiang et al. 2024): Llama with grouped queries and 8 experts a layer, of which a token uses 2",
+        {
+            "attention": {"kind": "softmax", "kv_heads": 2},
+            "position": _rope(1000000.0),
+            "norm": {"kind": "rmsnorm", "eps": 1e-5},
+            "ffn": {"kind": "moe", "n_experts": 8, "top_k": 2},
+            "init": "normal",
+        },
+        _sizes(
+            {"vocab_size": 32000, "attention": {"kind": "softmax", "kv_heads": 8}},
+            _8x7b=_shape(32, 4096, 32, ffn={"kind": "moe", "d_ff": 14336}, max_seq_len=32768),
+            _8x22b=_shape(56, 6144, 48, ffn={"kind": "moe", "d_ff": 16384}, max_seq_len=65536, vocab_size=32768),
+        ),
+    ),
+    "deepseek_v3": Preset(
+        "DeepSeek V3 (2024): latent attention, interleaved RoPE, experts chosen by sigmoids, one of them shared",
+        {
+            "attention": "mla",
+            "position": _rope(pairing="interleaved"),
+            "norm": "rmsnorm",
+            "ffn": {"kind": "moe", **DEEPSEEK},
+            "init": "normal",
+        },
+        _sizes(
+            {"vocab_size": 129280, "max_seq_len": 163840},
+            _671b=_shape(
+                61,
+                7168,
+                128,
+                attention={
+                    "kind": "mla",
+                    "kv_lora_rank": 512,
+                    "q_lora_rank": 1536,
+                    "qk_nope_head_dim": 128,
+                    "qk_rope_head_dim": 64,
+                    "v_head_dim": 128,
+                    "scale": 192**-0.5 * (0.1 * math.log(40) + 1) ** 2,
+                },
+                position=_rope(
+                    pairing="interleaved",
+                    scaling={
+                        "kind": "yarn",
+                        "factor": 40.0,
+                        "original_max_position_embeddings": 4096,
+                        "mscale": 1.0,
+                        "mscale_all_dim": 1.0,
+                    },
+                ),
+                ffn={
+                    "kind": "pattern",
+                    "items": [
+                        *[_swiglu(18432)] * 3,
+                        *[
+                            {
+                                "kind": "moe",
+                                "n_experts": 256,
+                                "top_k": 8,
+                                "d_ff": 2048,
+                                "n_groups": 8,
+                                "topk_groups": 4,
+                                "routed_scaling_factor": 2.5,
+                                **DEEPSEEK,
+                            }
+                        ]
+                        * 58,
+                    ],
+                },
+            ),
+        ),
     ),
     "transformer": Preset(
         "The 2017 Transformer (Vaswani et al.): encoder–decoder, sinusoidal positions, post-norm, ReLU",

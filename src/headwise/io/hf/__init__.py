@@ -12,7 +12,7 @@ from headwise.errors import FormatError, one_of
 if TYPE_CHECKING:
     from headwise.io.hf.family import Family
 
-_SHARED = ("common", "config", "export", "family", "folder", "gemma_kin", "gpt_kin", "llama_kin")
+_SHARED = ("common", "config", "export", "family", "folder", "gemma_kin", "gpt_kin", "llama_kin", "moe_kin")
 
 
 @cache

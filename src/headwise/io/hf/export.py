@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwise.attention import AttentionSpec
+from headwise.attention.mla import MLASpec
 from headwise.errors import FormatError
 from headwise.ffn.base import FFNSpec
+from headwise.ffn.moe import MoESpec
 from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.hf import families, family_of
 from headwise.io.hf.config import Config
@@ -113,10 +115,15 @@ def meaning(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _meaning(component: ComponentSpec, spec: ModelSpec) -> dict[str, Any]:
-    fields, dims = component.model_dump(exclude={"dropout"}), spec.dims
+    fields, dims = component.model_dump(exclude={"dropout", "aux_loss_coef", "z_loss_coef"}), spec.dims
     if isinstance(component, AttentionSpec):
         _, fields["kv_heads"], fields["head_dim"] = component.heads(dims)
         fields["out_bias"], fields["scale"] = component.has_out_bias(dims), component.scale_in_force(dims)
+    if isinstance(component, MLASpec):
+        widths = component.latent_dim(dims), component.nope_dim(dims), component.rotary_dim(dims), fields["head_dim"]
+        fields |= zip(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), widths)
+    if isinstance(component, MoESpec):
+        fields["shared_d_ff"] = component.shared_width(dims)
     if isinstance(component, AttentionSpec | FFNSpec):
         fields["bias"] = component.has_bias(dims)
     if isinstance(component, FFNSpec):

@@ -35,6 +35,10 @@ class LlamaKin(Family):
         """The position code's fields."""
         return common.rope(config)
 
+    def feed_forward(self, config: Config) -> dict[str, Any]:
+        """The feed-forward's fields; here gated, in every layer."""
+        return common.gated(config, *self.activation)
+
     def fields(self, config: Config) -> dict[str, Any]:
         return {
             "preset": self.preset,
@@ -42,7 +46,7 @@ class LlamaKin(Family):
             "attention": self.attention(config),
             "position": self.position(config),
             "norm": {"kind": "rmsnorm", "eps": config.get("rms_norm_eps", float, self.eps)},
-            "ffn": common.gated(config, *self.activation),
+            "ffn": self.feed_forward(config),
             "tie_embeddings": config.get("tie_word_embeddings", bool, self.ties),
         }
 
@@ -50,12 +54,20 @@ class LlamaKin(Family):
         """`position` taken back."""
         return common.written_rope(common.part(spec.position, RoPESpec, "position"))
 
+    def written_heads(self, spec: ModelSpec) -> dict[str, Any]:
+        """The widths of `attention` taken back."""
+        return common.written_heads(spec)
+
+    def written_feed_forward(self, spec: ModelSpec) -> dict[str, Any]:
+        """`feed_forward` taken back."""
+        return common.written_gated(spec, self.activation[0])
+
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         return {
             **common.written_widths(spec),
-            **common.written_heads(spec),
+            **self.written_heads(spec),
             **self.written_position(spec),
-            **common.written_gated(spec, self.activation[0]),
+            **self.written_feed_forward(spec),
             "rms_norm_eps": common.part(spec.norm, RMSNormSpec, "norm").eps,
         }
 
