@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 UNOPENED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".npz", ".ot")  # weights in formats that can run code, mostly
 MOST_CONFIG = 1 << 19  # bytes; far above any
+HEADS = ("ForCausalLM", "LMHeadModel", "Model")  # how such classes end; the bare model's is tied, or it has none
 # One of the folder's own files, and no path to anywhere else.
 SHARD = re.compile(r"[A-Za-z0-9][\w.+-]*\.safetensors", re.ASCII)
 
@@ -57,6 +58,9 @@ def _described(path: Path) -> tuple[Family, ModelSpec]:
     config = Config(values, where)
     if "quantization_config" in config:
         raise config.lack("quantised weights", "open the folder of the model in full precision, or a GGUF file of it")
+    classes = config.get("architectures", list, None) or ["Model"]
+    if not any(isinstance(name, str) and name.endswith(HEADS) for name in classes):
+        raise config.lack(short(classes[0]), "only the head that predicts the next token (…ForCausalLM) is supported")
     family = family_of(values.get("model_type"), where)
     return family, as_spec(family, config)
 
@@ -150,6 +154,9 @@ def rearranged(
     if module.spec.tie_embeddings:
         _check_tied(tensors, family, module.spec, where)
     check_fits(wanted, tensors, where)
+    if odd := [name for name in wanted if not tensors[name].is_floating_point()]:
+        dtype = str(tensors[odd[0]].dtype).removeprefix("torch.")
+        raise FormatError(f"{where}: {odd[0]!r} holds {dtype}, and weights are floating-point; is the model quantised?")
     for entry in entries:
         yield from zip(entry.ours, entry.way.read([tensors[name] for name in entry.theirs]))
 
