@@ -93,7 +93,7 @@ def test_a_tied_head_may_be_stored_or_not_but_must_be_the_embedding(tmp_path: Pa
 def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     published("llama", **LLAMA).save_pretrained(tmp_path)
     change_tensors(tmp_path, lambda t: {name: x for name, x in t.items() if name != "lm_head.weight"})
-    with pytest.raises(FormatError, match="'lm_head.weight' is missing"):
+    with pytest.raises(FormatError, match=r"'lm_head.weight' is missing"):
         hw.load(tmp_path)
 
 
