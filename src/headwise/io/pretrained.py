@@ -170,13 +170,14 @@ def _load_own(path: Path, device: torch.device | str | None, dtype: torch.dtype 
     tensors, where = read_tensors(path / MODEL), path / MODEL
     if quantised is None:
         return _filled(spec, tensors, where, device, dtype)
-    module = build(spec, device="meta", dtype=dtype or common_dtype(tensors))
+    module = build(spec, device="meta")
     try:
         put_in_bits(module, quantised["scheme"], group_size=quantised["group_size"])
     except (SettingsError, KeyError, TypeError):
         raise FormatError(f"{path / CONFIG} is damaged: it says of how its weights are kept {quantised!r}") from None
     check_fits(module_tensors(module), tensors, where)
-    module.to_empty(device=device or "cpu").load_state_dict(tensors, strict=False)
+    dtype = dtype or common_dtype({name: tensors[name] for name, _ in module.named_parameters() if name in tensors})
+    module.to(dtype=dtype).to_empty(device=device or "cpu").load_state_dict(tensors, strict=False)
     arrange(module)
     return module.eval()
 

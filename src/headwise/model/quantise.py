@@ -99,7 +99,9 @@ class QuantisedLinear(nn.Module):
         if fn(scales[:0]).device != scales.device:
             codes, self.in_order, self.joint = self.plain_codes(), False, None
         super()._apply(fn, recurse)
-        if not codes.is_meta:
+        if codes.is_meta:
+            self.scales = self.scales.bfloat16()
+        else:
             self.codes, self.scales = codes.to(self.scales.device), scales.to(self.scales.device)
         return self
 
