@@ -76,12 +76,22 @@ def test_published_models_print_as_their_name(line: str) -> None:
         "llama(d_model=8, n_heads=2, position=rope(scaling=longrope(2, original_max_position_embeddings=9, "
         "short_factor=[1, 2], long_factor=[1.5, 3])))",
         "transformer(n_encoder_layers=3, init_std=1e-05)",
+        "llama(n_layers=61, ffn=pattern(swiglu, swiglu, swiglu, 58 * moe(64, top_k=6)))",
     ],
 )
 def test_lines_of_the_documentation(line: str) -> None:
     spec = parse(line)
     assert_round_trips(spec)
     assert_round_trips(spec.resolve())
+
+
+def test_a_number_repeats_a_patterns_component() -> None:
+    long = parse("llama(attention=pattern(2 * window(8), 5 * softmax, window(8)))")
+    items = ["window(8)"] * 2 + ["softmax"] * 5 + ["window(8)"]
+    assert long == parse(f"llama(attention=pattern({', '.join(items)}))")
+    assert str(long) == "llama(attention=pattern(window(8), window(8), 5 * softmax, window(8)))"
+    published = parse("deepseek_v3(size='671b')")
+    assert parse(str(published.replace(size=None, ffn=published.ffn))).ffn == published.ffn
 
 
 def test_a_line_says_only_what_differs_from_its_preset() -> None:
@@ -262,7 +272,7 @@ def test_all_problems_of_a_line_come_at_once() -> None:
     )
     problems = problems_of(line)
     wanted = {
-        "preset": ["'lama'", "did you mean 'llama'?", "gpt2, gptj"],
+        "preset": ["'lama'", "did you mean 'llama'?", "gpt2, gpt_neox"],
         "d_modl": ["did you mean 'd_model'?", "max_seq_len"],
         "n_layers": ["-1", "greater than 0"],
         "attention.kv_heads": ["missing", "gqa needs it"],
@@ -328,6 +338,10 @@ def test_every_unreadable_value_is_named_with_its_field() -> None:
         ("llama(attention=softmax(kind=window))", "attention.kind", "before the bracket"),
         ("llama(attention=[softmax])", "attention", "is no attention"),
         ("llama(position=pattern(learned, rope))", "position", "once"),
+        ("llama(attention=pattern(0 * softmax, mqa))", "attention", "0 * … given; a pattern has from 1 to 4,096"),
+        ("llama(attention=pattern(4000 * mqa, 97 * softmax))", "attention", "97 * … given"),
+        ("llama(attention=pattern(softmax * 3))", "attention", "is not read"),
+        ("llama(attention=3 * softmax)", "attention", "is not read"),
         ("llama(position=rope(scaling=linaer(2)))", "position.scaling", "did you mean 'linear'?"),
         ("llama(position=rope(scaling=3))", "position.scaling", "allowed: dynamic, linear"),
         ("llama(position=rope(scaling=linear(2, 3)))", "position.scaling", "one value"),

@@ -11,6 +11,7 @@ import ast
 import keyword
 import warnings
 from collections.abc import Mapping
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from headwise.spec.presets import preset_fields
 
 MAX_CHARACTERS = 10_000
 MAX_DEPTH = 16
+MAX_ITEMS = 4096  # of a pattern, repeats counted
+LONG_RUN = 4  # equal items of a pattern in a row that are printed as one with a number
 # Bare words that are values, not names; a string that reads as one of them is printed in quotes.
 WORDS = {"true": True, "false": False}
 
@@ -147,7 +150,11 @@ def differences(spec: ModelSpec) -> dict[str, Any]:
 def print_value(value: Any) -> str:
     """A component or another value of a line, as the line writes it; `read_value` reads it back."""
     if isinstance(value, Pattern):
-        return f"pattern({', '.join(print_value(item) for item in value.items)})"
+        runs = [list(run) for _, run in groupby(value.items)]
+        items = (
+            [f"{len(run)} * {print_value(run[0])}"] if len(run) >= LONG_RUN else map(print_value, run) for run in runs
+        )
+        return f"pattern({', '.join(chain.from_iterable(items))})"
     if hasattr(type(value), "model_fields"):
         fields = {k: v for k, v in value if k != "kind" and not _is_default(type(value), k, v)}
         positional = getattr(type(value), "positional", ())
@@ -231,7 +238,7 @@ def _call(node: ast.Call) -> tuple[dict[str, Any], list[Problem]]:
     if not isinstance(node.func, ast.Name):
         raise SpecError(f"{_piece(node.func)} is not read; a call is a name with a bracket: name(field=value, …)")
     name = node.func.id
-    args, problems = _each([("", arg) for arg in node.args])
+    args, problems = _repeated(node.args) if name == "pattern" else _each([("", arg) for arg in node.args])
     given = [(kw.arg, kw.value) for kw in node.keywords if kw.arg is not None]
     fields, wrong = _each(given)
     problems += wrong
@@ -245,6 +252,24 @@ def _call(node: ast.Call) -> tuple[dict[str, Any], list[Problem]]:
     if args:
         call[ARGS] = [value for _, value in args]
     return call, problems
+
+
+def _repeated(nodes: list[ast.expr]) -> tuple[list[tuple[str, Any]], list[Problem]]:
+    """A pattern's items as `_each` has them, in which `3 * item` stands for three."""
+    values: list[tuple[str, Any]] = []
+    problems: list[Problem] = []
+    for node in nodes:
+        times = 1
+        match node:
+            case ast.BinOp(op=ast.Mult(), left=ast.Constant(value=int() as times), right=node):
+                pass
+        found, wrong = _each([("", node)])
+        problems += wrong
+        if isinstance(times, bool) or not 1 <= times <= MAX_ITEMS - len(values):
+            message = f"{short(times)} * … given; a pattern has from 1 to {MAX_ITEMS:,} components"
+            return values, [*problems, Problem("", message)]
+        values += found * times
+    return values, problems
 
 
 def _each(nodes: list[tuple[str, ast.expr]]) -> tuple[list[tuple[str, Any]], list[Problem]]:
