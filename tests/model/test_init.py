@@ -19,7 +19,7 @@ from headwise.registry import ATTENTION
 from headwise.spec import ModelSpec, list_presets, parse
 
 SMALL = "d_model=96, n_layers=3, n_heads=4, vocab_size=200, max_seq_len=64"
-MATRICES = ("wq", "wk", "wv", "wo", "w_in", "w_out", "w_gate", "w_up", "head")
+MATRICES = ("wq", "wk", "wv", "wo", "w_in", "w_out", "w_gate", "w_up", "head", "router", "wkv_a", "wkv_b")
 
 
 def tensors(line: str | ModelSpec, **more: Any) -> dict[str, Tensor]:

@@ -81,8 +81,8 @@ class _Turned(Encoding):
                     f"use RotaryEmbedding({D}) with seq_len={T}"
                 )
         wide = torch.promote_types(x_BHTD.dtype, torch.float32)
-        # Each angle stands twice in the tables, once for either half of the pair.
-        cos, sin = (table[..., : D // 2].to(wide) for table in (self.cos, self.sin))
+        cos, sin = self.cos.to(wide), self.sin.to(wide)
+        sin = torch.cat([-sin[..., : D // 2], sin[..., D // 2 :]], dim=-1)
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]
         return fast.rotate(x_BHTD.to(wide), cos, sin, interleaved=False).to(x_BHTD.dtype)
