@@ -178,6 +178,19 @@ def test_forks_copy_only_the_block_they_write_into() -> None:
     assert manager.num_free_blocks == 5
 
 
+def test_blocks_of_a_sequence_lie_side_by_side_though_it_grows_in_turn_with_others() -> None:
+    manager = BlockManager(64, 2)
+    sequences = [manager.allocate() for _ in range(4)]
+    for n in range(30):
+        for sequence in sequences:
+            manager.append(sequence, [n])
+    for sequence in sequences:
+        assert sequence.block_table == list(range(sequence.block_table[0], sequence.block_table[0] + 15))
+    long = manager.allocate()
+    manager.append(long, [-1] * 8)
+    assert manager.invariants([*sequences, long]) == []
+
+
 def test_a_refusal_names_the_numbers_and_changes_nothing() -> None:
     manager = BlockManager(2, 4)
     sequence = manager.allocate()

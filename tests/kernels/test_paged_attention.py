@@ -116,7 +116,7 @@ def test_a_cpu_gathers_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(stretches.pieces, "attention", watch(stretches.pieces.attention, True))
-    monkeypatch.setattr(stretches.sdpa, "attention", watch(stretches.sdpa.attention, False))
+    monkeypatch.setattr(stretches.block, "attend", watch(stretches.block.attend, False))
     paged_attention.attention(query(B, H, E, dtype=torch.float32), key_cache, value_cache, tables, lengths)
     assert seen
     assert set(seen) <= pools

@@ -10,6 +10,9 @@ which is its tokens and the content before them; `allocate` begins a sequence wi
 with. The entry is found by a hash and compared token by token. Blocks without references keep their content until their
 place is needed; the one unused for longest goes first.
 
+**Neighbours.** Blocks that follow each other in a table had better lie side by side, so that a CPU can read them as one
+stretch. So a sequence gets the block behind its last where that is blank, and begins far from where others may grow.
+
     manager = BlockManager(num_blocks=64, block_size=16)
     sequence = manager.allocate(prompt)                  # num_cached_tokens of the prompt are there already
     copies = manager.append(sequence, prompt[sequence.num_cached_tokens :])
@@ -88,7 +91,7 @@ class BlockManager:
             raise SettingsError(problems)
         self.block_size, self.prefix_sharing = block_size, prefix_sharing
         self.ref_counts: list[int] = []
-        self._blank: list[int] = []  # free and without content, the next one last
+        self._blank: set[int] = set()  # free and without content
         self._unused: OrderedDict[int, None] = OrderedDict()  # free with content, the one unused for longest first
         self._content: dict[int, tuple[Content, int]] = {}  # a block's content, and that content's number
         self._block: dict[Content, int] = {}  # the other way round
@@ -107,7 +110,7 @@ class BlockManager:
 
     def grow(self, num_blocks: int) -> None:
         """Add blocks, up to `num_blocks` in all."""
-        self._blank[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
+        self._blank.update(range(self.num_blocks, num_blocks))
         self.ref_counts += [0] * (num_blocks - self.num_blocks)
 
     def allocate(self, token_ids: Sequence[int] = ()) -> CachedSequence:
@@ -155,14 +158,14 @@ class BlockManager:
         if token_ids and sequence.num_tokens % self.block_size:
             tail = table[-1]
             if self.ref_counts[tail] > 1:
-                table[-1] = self._take()
+                table[-1] = self._take(table[-2] if len(table) > 1 else None)
                 self._release(tail)
                 copies.append((tail, table[-1]))
             else:
                 self._forget(tail)  # a cropped block may still stand under what it held when full
         sequence.token_ids.extend(token_ids)
-        while len(table) * self.block_size < sequence.num_tokens:
-            table.append(self._take())
+        for lacking in range(-(-sequence.num_tokens // self.block_size) - len(table), 0, -1):
+            table.append(self._take(table[-1] if table else None, lacking))
         return copies
 
     def commit(self, sequence: CachedSequence) -> None:
@@ -252,17 +255,33 @@ class BlockManager:
             if block in self._content:
                 self._unused[block] = None
             else:
-                self._blank.append(block)
+                self._blank.add(block)
 
-    def _take(self) -> int:
-        """A free block, blank: one that never had content, or the one unused for longest."""
-        if self._blank:
-            block = self._blank.pop()
+    def _take(self, after: int | None, wanted: int = 1) -> int:
+        """A free block, blank: the one behind `after`, another without content, or the one unused for longest."""
+        if after is not None and after + 1 in self._blank:
+            block = after + 1
+            self._blank.remove(block)
+        elif self._blank:
+            block = self._beginning(wanted)
+            self._blank.remove(block)
         else:
             block, _ = self._unused.popitem(last=False)
             self._forget(block)
         self.ref_counts[block] = 1
         return block
+
+    def _beginning(self, wanted: int) -> int:
+        """A blank block with blank ones behind it: in the middle of the longest run, as far as `wanted` blocks fit."""
+        first, length, start, last = 0, 0, 0, -2
+        for block in sorted(self._blank):
+            if block != last + 1:
+                start = block
+            last = block
+            if block - start + 1 > length:
+                first, length = start, block - start + 1
+        # Whoever has the block before the run may want to go on in it; before the pool's first block there is none.
+        return first + (min(length // 2, max(length - wanted, 0)) if first else 0)
 
     def _forget(self, block: int) -> None:
         if block in self._content:

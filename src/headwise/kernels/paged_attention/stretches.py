@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.kernels.attention import pieces, sdpa
+from headwise.kernels.attention import block, pieces, sdpa
 
 Stretch = tuple[int, int]  # slots start…stop−1 of the pool; slot = block · block_size + offset
 ROWS = 64  # queries that meet several stretches at once: bounds their scores to ROWS × S
@@ -67,14 +67,16 @@ def attention(
     scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_H": sink_H}
     if len(seen) == 1:
         (start, stop), mask = seen[0], None
-        if bias_factors is not None:
-            bias_factors = bias_factors[0], bias_factors[1][..., low:S, :]
+        q, k, v = q_HTE[None], k_KNE[None, :, start:stop], v_KND[None, :, start:stop]
         if key_bias_HS is not None:
             mask = key_bias_HS[:, None, low:S]
-        return sdpa.attention(
-            q_HTE[None], k_KNE[None, :, start:stop], v_KND[None, :, start:stop], window=window if T > 1 else None,
-            bias_factors=bias_factors, attn_mask=mask, **scores,
-        )[0]  # fmt: skip
+        if bias_factors is not None:
+            bias_factors = bias_factors[0], bias_factors[1][..., low:S, :]
+        if T > 1:
+            return sdpa.attention(q, k, v, window=window, bias_factors=bias_factors, attn_mask=mask, **scores)[0]
+        if bias_factors is not None:  # for one query cheaper than a dimension more of all keys
+            mask = (bias_factors[0] @ bias_factors[1].transpose(-1, -2)).to(q.dtype)
+        return block.attend(q, k, v, None if mask is None else mask[None], **scores)[0]
     outputs = []
     for start in range(0, T, ROWS):
         stop = min(start + ROWS, T)
