@@ -22,8 +22,9 @@ At temperature 0 the largest is taken (the first of several). Otherwise a token 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -132,17 +133,23 @@ class Sampling:
         if self.temperature == 0:
             return torch.zeros_like(x_V).index_fill_(0, x_V.argmax(), 1.0)
         # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-        x_V = (x_V - x_V.max()) / self.temperature
-        if self.top_k is not None and self.top_k < len(x_V):
-            x_V = x_V.masked_fill(x_V < x_V.topk(self.top_k).values[-1], -torch.inf)
+        x = (x_V - x_V.max()) / self.temperature
+        ids = torch.arange(len(x))  # those that are left; each step has only them to go through
+        for keep in self._filters():
+            kept = keep(x)
+            ids, x = ids[kept], x[kept]
+        return torch.zeros_like(x_V).index_copy_(0, ids, x.softmax(0))
+
+    def _filters(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Steps 6 to 9, as far as they are wanted: logits [n] to what is kept of them, a mask or places."""
+        if (k := self.top_k) is not None:
+            yield lambda x: x >= x.topk(min(k, len(x))).values[-1]
         if self.top_p is not None and self.top_p < 1:
-            x_V = _nucleus(x_V, self.top_p)
-        if self.min_p is not None:
-            probs_V = x_V.softmax(0)
-            x_V = x_V.masked_fill(probs_V < self.min_p * probs_V.max(), -torch.inf)
+            yield partial(_nucleus, p=self.top_p)
+        if (min_p := self.min_p) is not None:
+            yield lambda x: x.softmax(0) >= min_p * x.softmax(0).max()
         if self.typical_p is not None and self.typical_p < 1:
-            x_V = _typical(x_V, self.typical_p)
-        return x_V.softmax(0)
+            yield partial(_typical, mass=self.typical_p)
 
     def pick(
         self,
@@ -179,17 +186,26 @@ def _check(scores: Tensor) -> None:
         raise HeadwiseError("no token is left to choose: logit_bias and the constraint together ban all of them")
 
 
-def _nucleus(x_V: Tensor, p: float) -> Tensor:
-    ordered, order = x_V.softmax(0).sort(descending=True, stable=True)
-    # A token stays while those before it have not yet reached p: the first always does.
-    return x_V.index_fill(0, order[ordered.cumsum(0) - ordered >= p], -torch.inf)
+def _nucleus(x: Tensor, p: float) -> Tensor:
+    """The places of the fewest of the likeliest that add up to p."""
+    probs = x.softmax(0)
+    places = _first(-probs, probs, p)
+    # One stays while those before it have not yet reached p: the first always does.
+    return places[probs[places].cumsum(0) - probs[places] < p]
 
 
-def _typical(x_V: Tensor, mass: float) -> Tensor:
-    logs_V = x_V.log_softmax(0)
-    probs_V = logs_V.exp()
-    entropy = -(probs_V * logs_V).nansum()  # a banned token has 0·∞
-    distance_V = (-logs_V - entropy).abs()
-    nearest, order = distance_V.sort(stable=True)
-    enough = int((probs_V[order].cumsum(0) < mass).sum())
-    return x_V.masked_fill(distance_V > nearest[min(enough, len(nearest) - 1)], -torch.inf)
+def _typical(x: Tensor, mass: float) -> Tensor:
+    """A mask of those whose −log p lies nearest to the entropy, up to `mass`, and of what lies as near as the last."""
+    logs = x.log_softmax(0)
+    probs = logs.exp()
+    distance = (-logs + (probs * logs).nansum()).abs()  # a banned token has 0·∞
+    places = _first(distance, probs, mass)
+    last = int((probs[places].cumsum(0) < mass).sum())
+    return distance <= distance[places[min(last, len(places) - 1)]]
+
+
+def _first(key: Tensor, probs: Tensor, mass: float) -> Tensor:
+    """Places by rising key, as many as are sure to reach `mass`. Nearly always a few do, and to sort a whole vocabulary
+    costs ten times as much."""
+    places = key.topk(min(1024, len(key)), largest=False).indices
+    return places if float(probs[places].sum()) > mass else key.sort().indices
