@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.kernels import linear_attention as kernel
-from headwise.kernels.linear_attention import FLOOR, chunked, naive
+from headwise.kernels.linear_attention import FLOOR, chunked, naive, streamed
 
 DECAYS = ["none", "constant", "head", "dimension"]
 
@@ -65,10 +65,48 @@ def test_the_bidirectional_sum_is_that_of_all_pairs(T: int, resets: bool, group:
     q, k, v = leaves = qkv(2, 2 * group, 2, T)
     starts = random_resets(2, T) if resets else None
     expected, scores = naive.parallel(q, k, v, resets_BT=starts, causal=False)
-    assert_same((kernel.bidirectional(q, k, v, resets_BT=starts),), (expected,), leaves)
     assert_same((naive.bidirectional(q, k, v, resets_BT=starts),), (expected,), leaves)
+    if starts is not None:
+        assert_same((chunked.bidirectional(q, k, v, resets_BT=starts),), (expected,), leaves)
     if T == 130 and not resets:
         assert (scores != 0).all()
+
+
+@given(situations(["none"], [1, 2, 16, 32]), st.sampled_from([1, 4, 64]))
+def test_weights_that_sum_to_one(case: dict[str, Any], at_once: int) -> None:
+    """All forms of the mean against the sum of values by weights that sum to 1, with gradients of state and state."""
+    B, H, K, T = (case[name] for name in "BHKT")
+    q, k, v = leaves = [x.detach().exp().requires_grad_() for x in qkv(B, H, K, T)]
+    resets = random_resets(B, T) if case["resets"] else None
+    expected, scores = naive.parallel(q, k, v, resets_BT=resets)
+    expected = expected / scores.sum(-1, keepdim=True)
+    assert_same(naive.normalised(q, k, v, resets_BT=resets)[:1], (expected,), leaves)
+    state = random(B, K, 4, 4, seed=7).exp().requires_grad_() if case["state"] else None
+    every = leaves + ([] if state is None else [state])
+    more = {"resets_BT": resets, "state_BKED": state}
+    whole = naive.normalised(q, k, v, **more)
+    assert_same(chunked.normalised(q, k, v, **more), whole, every)
+    assert_same(kernel.normalised(q, k, v, **more), whole, every)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed, "AT_ONCE", at_once)
+        assert_same(streamed.normalised(q, k, v, **more, chunk=case["chunk"]), whole, every)
+
+
+def test_a_query_that_shares_no_feature_with_any_key_gets_zeros_and_gives_no_gradient() -> None:
+    q, k, v = (x.detach().abs() for x in qkv(1, 2, 1, 70))
+    q[:, :, 3], k[:, :, :2] = 0, 0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    y, state = kernel.normalised(q, k, v)
+    assert (y[:, :, [0, 1, 3]] == 0).all()
+    assert_same((y, state), naive.normalised(q, k, v), leaves)
+
+
+def test_keys_and_values_of_the_bidirectional_mean_count_once() -> None:
+    q, k, v = leaves = [x.detach().abs().requires_grad_() for x in qkv(2, 4, 2, 70)]
+    for resets in (None, random_resets(2, 70)):
+        sums, scores = naive.parallel(q, k, v, resets_BT=resets, causal=False)
+        expected = (sums / scores.sum(-1, keepdim=True),)
+        assert_same((kernel.bidirectional(q, k, v, resets_BT=resets),), expected, leaves)
 
 
 @given(st.sampled_from(DECAYS), st.integers(1, 99), st.booleans())

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from headwise.attention.recurrence import Recurrence, RecurrenceSpec, resets, wide
 from headwise.dims import Dims
-from headwise.kernels.linear_attention import bidirectional, linear_attention, naive
+from headwise.kernels.linear_attention import bidirectional, naive, normalised
 from headwise.position import Encoding
 from headwise.registry import register_attention
 
@@ -49,7 +49,7 @@ def taylor(x: Tensor) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": lambda x: F.elu(x).add_(1),
     "relu": lambda x: F.relu(x) + 1e-3,
     "softmax": lambda x: x.softmax(-1),
     "taylor": taylor,
@@ -104,8 +104,7 @@ class LinearAttention(Recurrence):
         resets_BT: Tensor | None,
         state_BKED: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y_BHTD, state = linear_attention(q_BHTE, k_BKTE, _with_one(v_BKTD), resets_BT=resets_BT, state_BKED=state_BKED)
-        return _normalised(y_BHTD).to(v_BKTD.dtype), state
+        return normalised(q_BHTE, k_BKTE, v_BKTD, resets_BT=resets_BT, state_BKED=state_BKED)
 
     def both_ways(
         self,
@@ -116,23 +115,10 @@ class LinearAttention(Recurrence):
         segments: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """The plain sum over the segment, every token counting once."""
-        y_BHTD = bidirectional(q_BHTE, k_BKTE, _with_one(v_BKTD), resets_BT=resets(segments))
-        return _normalised(y_BHTD).to(v_BKTD.dtype)
+        return bidirectional(q_BHTE, k_BKTE, v_BKTD, resets_BT=resets(segments))
 
     def weights(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTD: Tensor, resets_BT: Tensor | None, causal: bool) -> Tensor:
         """φ(q_i)·φ(k_j) / Σ_j φ(q_i)·φ(k_j), by the readable form."""
         wide_v = v_BKTD.to(q_BHTE.dtype)
         _, scores_BHTT = naive.parallel(q_BHTE, k_BKTE, wide_v, resets_BT=resets_BT, causal=causal)
         return (scores_BHTT / scores_BHTT.sum(-1, keepdim=True)).to(v_BKTD.dtype)
-
-
-def _with_one(v_BKTD: Tensor) -> Tensor:
-    """v' = [v, 1] in float32 at least: the sum of the weights comes out as the last column."""
-    v_BKTD = wide(v_BKTD)
-    return torch.cat([v_BKTD, torch.ones_like(v_BKTD[..., :1])], -1)
-
-
-def _normalised(y_BHTD: Tensor) -> Tensor:
-    """[Σ w v, Σ w] → Σ w v / Σ w. Keys far below zero have ELU + 1 features of exactly 0; the floor is for those."""
-    sums, total = y_BHTD.split([y_BHTD.shape[-1] - 1, 1], -1)
-    return sums * total.clamp_min(1e-12).reciprocal()  # a division has twice the backward pass

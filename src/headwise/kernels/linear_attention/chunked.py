@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headwise.kernels.chunks import causal_part, decays, grouped, over_chunks, runs, scaled, ungrouped
+from headwise.kernels.linear_attention.naive import divided, with_one
 
 CHUNK = 64  # fastest of 32, 64, 128, 256 at 64 dimensions a head: states and scores cost alike
 VECTOR_CHUNK = 16
@@ -44,6 +45,19 @@ def chunked(
     chunk = chunk or (VECTOR_CHUNK if by_dimension else CHUNK)
     form = _by_dimension if by_dimension else _by_head
     return over_chunks(form, (q_BHTE, k_BKTE, v_BKTD), log_decay, resets_BT, state_BKED, chunk)
+
+
+def normalised(
+    q_BHTE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTD: Tensor,
+    *,
+    resets_BT: Tensor | None = None,
+    state_BKED: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `naive.normalised`, in float32 or float64."""
+    y_BHTD, state = chunked(q_BHTE, k_BKTE, with_one(v_BKTD), resets_BT=resets_BT, state_BKED=state_BKED)
+    return divided(y_BHTD), state
 
 
 def _in_chunks(xs: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor, Tensor]:

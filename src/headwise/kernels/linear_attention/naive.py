@@ -45,6 +45,37 @@ def recurrent(
     return torch.stack(ys, 3).flatten(1, 2), S
 
 
+LEAST = 1e-12
+
+
+def normalised(
+    q_BHTE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTD: Tensor,
+    *,
+    resets_BT: Tensor | None = None,
+    state_BKED: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y_i = Σ_j (q_i·k_j) v_j / Σ_j q_i·k_j over j ≤ i of i's run, for features that are not negative.
+
+    Returns:
+        y [B,H,T,D] and the state [B,K,E,D+1], in whose last column the keys are summed.
+    """
+    y_BHTD, state = recurrent(q_BHTE, k_BKTE, with_one(v_BKTD), resets_BT=resets_BT, state_BKED=state_BKED)
+    return divided(y_BHTD), state
+
+
+def with_one(v: Tensor) -> Tensor:
+    """v' = [v, 1]: the sum of the weights comes out as the last column."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
+def divided(y: Tensor) -> Tensor:
+    """[Σ w v, Σ w] → Σ w v / Σ w. Where all features are 0, as ELU + 1 of numbers far below zero, so is y."""
+    sums, total = y.split([y.shape[-1] - 1, 1], -1)
+    return sums * total.clamp_min(LEAST).reciprocal()  # a division has twice the backward pass
+
+
 def bidirectional(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTD: Tensor, *, resets_BT: Tensor | None = None) -> Tensor:
     """y_i = Σ_j (q_i·k_j) v_j over all j of i's run [B,H,T,D]: one state for all, or the masked matrix of scores."""
     if resets_BT is not None:
