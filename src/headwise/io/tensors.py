@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-MOST_COPIED = 1 << 20  # bytes of a tensor
+MOST_COPIED = 1 << 16  # bytes of a tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
