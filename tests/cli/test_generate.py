@@ -20,6 +20,7 @@ from headwise.generate.chat import Chat
 from headwise.generate.session import Session
 from headwise.generate.writer import Writer
 from headwise.model.decoder import Decoder
+from headwise.model.quantise import quantise
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
@@ -95,6 +96,17 @@ def test_kinds_of_cache_change_nothing_but_themselves(
     monkeypatch.setattr(Decoder, "new_cache", watched)
     assert run_json(capsys, *generate(folder, *PROMPT, "--cache", kind))["text"] == plain
     assert set(asked) == {kind}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_weights_are_quantised_first(
+    scheme: Any, folder: Path, tokenizer: RustBackedTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = quantise(hw.load(folder / "model"), scheme)
+    wanted = complete(small, tokenizer, Request("the cat", Sampling(temperature=0), max_new_tokens=12, logprobs=0))  # type: ignore[arg-type]
+    found = run_json(capsys, *generate(folder, *PROMPT, "--temperature", "0", "--quantise", scheme, "--logprobs", "0"))
+    assert wanted.logprobs is not None
+    assert [each["logprob"] for each in found["logprobs"]] == pytest.approx([each.logprob for each in wanted.logprobs])
 
 
 def test_drafts_tell_what_was_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

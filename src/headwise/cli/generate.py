@@ -84,6 +84,7 @@ class GenerateSettings(Settings):
     ngram: bool = Field(False, description="propose what followed the last time the text ended so")
     draft_tokens: int | None = Field(None, description="tokens proposed at a time, default 4")
     cache: str = Field("auto", description="contiguous, static, rolling, paged, int8, int4; auto: each layer's own")
+    quantise: Literal["int8", "int4"] | None = Field(None, description="put the weights into 8 or 4 bits first")
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
 
     def contradictions(self) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -175,11 +176,14 @@ def _writer(path: Path, settings: GenerateSettings) -> Writer:
     from headwise.generate.speculative import Draft, DraftModel, NgramLookup
     from headwise.generate.writer import Writer
     from headwise.io.pretrained import load
+    from headwise.model.quantise import quantise
     from headwise.train.job import resolve_device
 
     device = resolve_device(settings.device)
     tokenizer = load_tokenizer(path)
     model = load(path, device=device)
+    if settings.quantise is not None:
+        quantise(model, settings.quantise)
     more = {} if settings.draft_tokens is None else {"n_tokens": settings.draft_tokens}
     draft: Draft | None = NgramLookup(**more) if settings.ngram else None
     if settings.draft is not None:
