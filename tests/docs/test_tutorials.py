@@ -14,7 +14,14 @@ from tutorial_blocks import blocks_of, changed
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("tutorial_blocks.py")
 PAGES = [*sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "README.md"]
-PAGES += [ROOT / "docs/mechanisms/flash.md", ROOT / "docs/gguf.md"]
+PAGES += [
+    ROOT / "docs/mechanisms/flash.md",
+    ROOT / "docs/gguf.md",
+    ROOT / "docs/generation.md",
+    ROOT / "docs/published-models.md",
+    ROOT / "docs/caches.md",
+    ROOT / "docs/quantisation.md",
+]
 
 
 def test_a_block_is_made_small() -> None:
