@@ -69,6 +69,10 @@ class ComponentSpec(BaseModel):
         """Trainable numbers of the module built from this spec, in closed form."""
         return 0
 
+    def active_param_count(self, dims: Dims) -> int:
+        """Those of them that one token meets; fewer only in a mixture of experts."""
+        return self.param_count(dims)
+
     def flops_per_token(self, dims: Dims, context: int, *, causal: bool) -> float:
         """Forward matrix-product FLOPs a token at `context` tokens (a multiply-add counts 2; causal scores half)."""
         return 0.0

@@ -256,6 +256,10 @@ def test_show_counts_side_by_side(capsys: pytest.CaptureFixture[str], tmp_path: 
         assert each["params"] == sum(each["params_by_part"].values())
     _, out, _ = run(capsys, "show", 'gpt2(size="124m")', str(file))
     assert "124,439,808" in out
+    assert "active for a token" not in out
+    _, out, _ = run(capsys, "show", 'mixtral(size="8x7b")', "gpt2")
+    assert "active for a token" in out
+    assert "12,879,925,248" in out
     wider = run_json(capsys, "show", "gpt2", "--size", "10m")[0]["params"]
     assert 8e6 < wider < 12e6
 

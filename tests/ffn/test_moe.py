@@ -102,6 +102,14 @@ def test_the_correction_bias_keeps_its_precision_and_no_optimizer_sees_it() -> N
     assert layer.router.weight.dtype == torch.bfloat16
 
 
+def test_the_parameters_of_published_mixtures_that_a_token_meets() -> None:
+    """12.9 of Mixtral's 46.7 billion, 37 of DeepSeek V3's 671."""
+    assert count("mixtral(size='8x7b')").active_params == 46_702_792_704 - 32 * 6 * 3 * 4096 * 14336
+    assert 37.0e9 < count("deepseek_v3(size='671b')").active_params < 38.0e9
+    dense = count("transformer")
+    assert dense.active_params == dense.params
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_balance_loss_is_that_of_transformers_and_of_the_formula(top_k: int) -> None:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

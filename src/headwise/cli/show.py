@@ -80,6 +80,8 @@ def _print(facts: list[dict[str, Any]]) -> None:
     for part in parts:
         table.add_row(f"  {part}", *(quantity(each["params_by_part"].get(part, 0)) for each in facts))
     table.add_row(Text("parameters", style="bold"), *(f"{each['params']:,}" for each in facts), end_section=True)
+    if any(each["active_params"] < each["params"] for each in facts):
+        table.add_row("active for a token", *(f"{each['active_params']:,}" for each in facts), end_section=True)
     rows = {
         "forward FLOPs a token": "flops_per_token",
         "training FLOPs a token": "train_flops_per_token",

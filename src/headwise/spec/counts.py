@@ -25,6 +25,7 @@ class Counts:
 
     Attributes:
         params: trainable numbers; `params_by_part` splits them (embedding, position, attention, ffn, norm, head).
+        active_params: those that one token meets; fewer where there are mixtures of experts.
         context: tokens in the context that FLOPs and cache are counted at.
         flops_per_token: forward FLOPs a token, averaged over the context.
         train_flops_per_token: forward and backward.
@@ -34,6 +35,7 @@ class Counts:
 
     params: int
     params_by_part: dict[str, int]
+    active_params: int
     context: int
     flops_per_token: float
     train_flops_per_token: float
@@ -76,6 +78,7 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
         "head": (0 if spec.tie_embeddings else dims.vocab_size * dims.d_model)
         + (dims.vocab_size if spec.head_bias else 0),
     }
+    enc_ffn = [spec.ffn.at(i) for i in range(n_encoder)] if encodes else []
     flops = sum(a.flops_per_token(dims, context, causal=spec.causal) for a in attention)
     flops += sum(f.flops_per_token(dims, context, causal=spec.causal) for f in ffn)
     flops += 2 * dims.d_model * dims.vocab_size
@@ -84,7 +87,6 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
     if encodes:
         cross = spec.cross_attention
         enc_attention = [spec.attention.at(i) for i in range(n_encoder)]
-        enc_ffn = [spec.ffn.at(i) for i in range(n_encoder)]
         parts["attention"] += sum(a.param_count(dims) for a in enc_attention) + n_layers * cross.param_count(dims)
         parts["ffn"] += sum(f.param_count(dims) for f in enc_ffn)
         norm_encoder = sum(spec.norm.at(i).param_count(dims) for i in range(n_encoder)) * norms_a_layer
@@ -97,11 +99,13 @@ def count(spec: ModelSpec | str | Mapping[str, Any], context: int | None = None)
         flops += sum(f.flops_per_token(dims, context, causal=False) for f in enc_ffn)
         flops += n_layers * cross.flops_per_token(dims, context, causal=False)
 
+    resting = sum(f.param_count(dims) - f.active_param_count(dims) for f in (*ffn, *enc_ffn))
     cached = [a for a in attention if isinstance(a, AttentionSpec)] if spec.causal else []
     numbers = [(a.kv_numbers_per_token(dims), a.tokens_cached(context)) for a in cached]
     return Counts(
         params=sum(parts.values()),
         params_by_part=parts,
+        active_params=sum(parts.values()) - resting,
         context=context,
         flops_per_token=flops,
         train_flops_per_token=3 * flops,
