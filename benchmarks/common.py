@@ -32,14 +32,16 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": torch.get_num_threads(), "torch": torch.__version__, "date": str(date.today())}
 
 
-def report(theme: str, figures: dict[str, Any], *, reached: dict[str, bool]) -> None:
-    """Print the figures and, with `--save`, keep them under results/. Exits 1 where a target was missed."""
-    parser = argparse.ArgumentParser(description=f"Benchmark: {theme}")
-    parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
-    arguments = parser.parse_args()
+def report(theme: str, figures: dict[str, Any], *, reached: dict[str, bool], save: bool | None = None) -> None:
+    """Print the figures and keep them under results/: `save` says whether, or `--save` where that is the one option.
+    Exits 1 where a target was missed."""
+    if save is None:
+        parser = argparse.ArgumentParser(description=f"Benchmark: {theme}")
+        parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
+        save = parser.parse_args().save
     result = {"theme": theme, "machine": machine(), "figures": figures, "reached": reached}
     print(json.dumps(result, indent=2))
-    if arguments.save:
+    if save:
         RESULTS.mkdir(exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", result["machine"]["cpu"].lower()).strip("-")
         path = RESULTS / f"{theme}-{slug}-{result['machine']['date']}.json"
