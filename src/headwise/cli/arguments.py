@@ -167,7 +167,8 @@ def read_lines(lines: Sequence[str], flags: dict[str, str]) -> list[ModelSpec]:
 
 
 def _spec(line: str) -> ModelSpec:
-    if line.endswith(".gguf") or os.path.isdir(line):
+    a_path = os.sep in line and "(" not in line and not line.endswith((".yaml", ".yml"))
+    if a_path or line.endswith(".gguf") or os.path.isdir(line):
         from headwise.io.pretrained import saved_spec
 
         return saved_spec(line)

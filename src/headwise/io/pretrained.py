@@ -2,7 +2,7 @@
 
 * a folder of ours: config.json, model.safetensors and, where there is one, tokenizer/
 * the folder of a training run, and then the newest whole checkpoint in it
-* a Hugging Face folder: a config.json with `model_type` (`io/hf`)
+* a Hugging Face folder: a config.json with `model_type` (`io/hf`), or one of ours with its code (`io/remote_code`)
 * a GGUF file, or a folder with exactly one (`io/gguf`)
 
     config.json   {"format": "headwise-model", "version": 1, "line": the resolved line, "spec": the same spec as JSON}
@@ -20,7 +20,7 @@ import torch
 from headwise.errors import FormatError, SettingsError, SpecError
 from headwise.io.atomic import atomic_dir, write_json
 from headwise.io.checkpoint import MODEL, list_checkpoints, read_checked_tensors, read_json, read_state
-from headwise.io.hf.folder import CONFIG, MOST_CONFIG, hf_spec, load_hf
+from headwise.io.hf.folder import CONFIG, MOST_CONFIG, fits_count, hf_spec, load_hf, read_folder
 from headwise.io.json_file import read_object
 from headwise.io.tensors import assign, check_fits, common_dtype, module_tensors, read_tensors, write_tensors
 from headwise.model import build
@@ -131,15 +131,16 @@ def _form(path: Path) -> _Form:
         return _Form(_run_spec, _load_run)
     if (path / CONFIG).exists():
         about = read_object(path / CONFIG, MOST_CONFIG)
-        return (
-            _Form(_own_spec, _load_own) if "format" in about or "model_type" not in about else _Form(hf_spec, load_hf)
-        )
+        if about.get("model_type") == "headwise":
+            return _Form(_coded_spec, _load_coded)
+        if "model_type" in about and "format" not in about:
+            return _Form(hf_spec, load_hf)
+        return _Form(_own_spec, _load_own)
     if len(found := sorted(path.glob("*.gguf"))) == 1:
         return _gguf(found[0])
-    held = (
-        f"{len(found)} GGUF files (name one of them)" if found else "neither a model (config.json) nor a training run"
-    )
-    raise FormatError(f"{path} holds {held}")
+    if found:
+        raise FormatError(f"{path} holds {len(found)} GGUF files; name one of them, such as {found[0]}")
+    raise FormatError(f"{path} holds neither a model (config.json or a .gguf file) nor a training run (run.json)")
 
 
 def _gguf(file: Path) -> _Form:
@@ -150,6 +151,10 @@ def _gguf(file: Path) -> _Form:
 
 def _own_spec(path: Path) -> ModelSpec:
     return _parsed(read_json(path / CONFIG, "headwise-model", VERSION), "line", path / CONFIG)
+
+
+def _coded_spec(path: Path) -> ModelSpec:
+    return _parsed(read_object(path / CONFIG, MOST_CONFIG), "line", path / CONFIG)
 
 
 def _run_spec(path: Path) -> ModelSpec:
@@ -182,6 +187,12 @@ def _load_own(path: Path, device: torch.device | str | None, dtype: torch.dtype 
     return module.eval()
 
 
+def _load_coded(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
+    """A folder with its own code (`io/remote_code`); the code is not run, the line says all."""
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_folder(path).items()}
+    return _filled(_coded_spec(path), tensors, path, device, dtype)
+
+
 def _load_run(path: Path, device: torch.device | str | None, dtype: torch.dtype | None) -> LanguageModel:
     spec, problem = _run_spec(path), "it has no checkpoint yet"
     for checkpoint in reversed(list_checkpoints(path / "checkpoints")):
@@ -202,6 +213,7 @@ def _filled(
     dtype: torch.dtype | None,
 ) -> LanguageModel:
     """The module of a line with these tensors, which bear its own names."""
+    fits_count(spec, tensors, where)
     module = build(spec, device="meta")
     check_fits(module_tensors(module), tensors, where)
     assign(module, tensors.items(), device, dtype or common_dtype(tensors))
