@@ -68,7 +68,7 @@ class QuantisedCache(TokenCache):
         low = pieces.first_seen(q_BHTE.shape[2], stop, scores["window"])
 
         def read(n: int) -> Iterator[Tensor]:
-            return (self._read(held, n, at, min(at + CHUNK, stop)) for at in range(low, stop, CHUNK))
+            return (self._read(held, n, at, min(at + CHUNK, stop)).flatten(0, 1) for at in range(low, stop, CHUNK))
 
         return pieces.attention(q_BHTE, read(0), read(len(new) - 1), low, stop, **scores)
 

@@ -42,22 +42,20 @@ def attention(
     """Causal attention of the queries at the last T of S positions, as `sdpa.attention` defines it.
 
     Args:
-        keys, values: float [B,K,n,E] and [B,K,n,D] each; all together positions low…S−1. They are run through once.
+        keys, values: float [B·K,n,E] and [B·K,n,D] each; all together positions low…S−1. They are run through once.
         bias_factors: a [H,T,n] and b [S,n] for all S positions.
         mask_HTS: added to the scores, broadcast to [B,H,T,S−low].
 
     Returns:
         [B,H,T,D].
     """
-    B, H, T, _ = q_BHTE.shape
-    grouped: Tensor | None = None
-    scores = []
-    for k_BKnE in keys:
-        if grouped is None:  # the query heads of one key head, one below the other
-            grouped = (q_BHTE * scale).unflatten(1, (k_BKnE.shape[1], -1)).flatten(2, 3)
-        scores.append(grouped @ k_BKnE.transpose(-1, -2))
-    assert grouped is not None
-    K = grouped.shape[1]
+    B, H, T, E = q_BHTE.shape
+    # With several pieces the calls themselves are what costs: products of three dimensions have the fewest steps.
+    scores: list[Tensor] = []
+    for k in keys:
+        if not scores:  # the query heads of one key head, one below the other
+            grouped = (q_BHTE * scale).reshape(len(k), -1, E)
+        scores.append(torch.bmm(grouped, k.transpose(1, 2)))
     s_BHTS = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, T, -1)
     s_BHTS = s_BHTS.to(torch.promote_types(s_BHTS.dtype, torch.float32))
     if softcap is not None:
@@ -77,12 +75,11 @@ def attention(
         weights = torch.cat([s_BHTS, sink_BHT1], -1).softmax(-1)
     else:
         weights = s_BHTS.softmax(-1)
-    weights = weights.to(q_BHTE.dtype).view(B, K, grouped.shape[2], -1)
-    y_BKGD: Tensor | None = None
-    at = 0
-    for v_BKnD in values:
-        n = v_BKnD.shape[2]
-        part = weights[..., at : at + n] @ v_BKnD
-        y_BKGD, at = part if y_BKGD is None else y_BKGD.add_(part), at + n
-    assert y_BKGD is not None
-    return y_BKGD.view(B, H, T, -1)
+    weights = weights.to(q_BHTE.dtype).reshape(*grouped.shape[:2], -1)
+    y, at = None, 0
+    for v in values:
+        part = weights[..., at : at + v.shape[1]]
+        y = torch.bmm(part, v) if y is None else torch.baddbmm(y, part, v)
+        at += v.shape[1]
+    assert y is not None
+    return y.view(B, H, T, -1)

@@ -88,7 +88,7 @@ def attention(
         outputs.append(
             pieces.attention(
                 q_HTE[None, :, start:stop],
-                (k_KNE[None, :, a:b] for a, b in blocks), (v_KND[None, :, a:b] for a, b in blocks), first, high,
+                (k_KNE[:, a:b] for a, b in blocks), (v_KND[:, a:b] for a, b in blocks), first, high,
                 window=window, bias_factors=factors,
                 mask_HTS=None if key_bias_HS is None else key_bias_HS[:, None, first:high], **scores,
             )[0]
