@@ -108,7 +108,10 @@ BREAKS: dict[str, tuple[Change, str]] = {
         config(quantization_config={"bits": 4}),
         "asks for quantised weights; open the folder of",
     ),
-    "another head": (config(architectures=["LlamaForSequenceClassification"]), "'LlamaForSequenceClassification'; only"),
+    "another head": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        "'LlamaForSequenceClassification'; only",
+    ),
 }
 
 
@@ -133,7 +136,7 @@ LACKED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["chunked_attention"] * 28},
         "'layer_types' should be sliding_attention or",
     ),
-    "pictures": ("gemma3", {}, "unknown model_type 'gemma3'"),
+    "pictures": ("gemma3", {}, "asks for a model of pictures or sound too; only models of text"),
 }
 
 

@@ -58,6 +58,8 @@ def _described(path: Path) -> tuple[Family, ModelSpec]:
     config = Config(values, where)
     if "quantization_config" in config:
         raise config.lack("quantised weights", "open the folder of the model in full precision, or a GGUF file of it")
+    if "text_config" in config:
+        raise config.lack("a model of pictures or sound too", "only models of text alone are supported")
     classes = config.get("architectures", list, None) or ["Model"]
     if not any(isinstance(name, str) and name.endswith(HEADS) for name in classes):
         raise config.lack(short(classes[0]), "only the head that predicts the next token (…ForCausalLM) is supported")
