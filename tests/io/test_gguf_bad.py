@@ -72,14 +72,19 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "version 1": (file(version=1), "it has version 1; only little-endian files of versions 2 and 3"),
     "version 4": (file(version=4), "it has version 4"),
     "big-endian": (file(version=3 << 24), "it is big-endian"),
-    "many tensors": (file(counts=(2**63, 0)), "9,223,372,036,854,775,808 tensors; at most 16,384"),
-    "more tensors than bytes": (file(counts=(16384, 0)), "a table of 16,384 tensors takes"),
-    "many values": (file(counts=(0, 2**32)), "4,294,967,296 values; at most 4,096"),
-    "more values than bytes": (file(counts=(0, 4096), room=64), "a table of 4,096 values takes"),
-    "a long name": (file([value("n" * 257, U32, bytes(4))]), "a name of 257 bytes at byte 32; at most 256"),
+    "many tensors": (file(counts=(2**63, 0)), "9,223,372,036,854,775,808 tensors; at most 4,096"),
+    "more tensors than bytes": (file(counts=(4096, 0)), "a table of 4,096 tensors takes"),
+    "many values": (file(counts=(0, 2**32)), "4,294,967,296 values; at most 1,024"),
+    "more values than bytes": (file(counts=(0, 1024), room=64), "a table of 1,024 values takes"),
+    "a long name": (file([value("n" * 257, U32, bytes(4))]), "a text of 257 bytes at byte 32; at most 256"),
+    "a long text": (file([value("s", STRING, string("n" * (2**18 + 1)))]), "a text of 262,145 bytes"),
     "a string past the end": (
+        file([value("s", STRING, struct.pack("<Q", 2**18))]),
+        "a string takes 262,144 bytes at byte 45, and",
+    ),
+    "a string past all ends": (
         file([value("s", STRING, struct.pack("<Q", 2**64 - 1))]),
-        "a string takes 18,446,744,073,709,551,615 bytes",
+        "a text of 18,446,744,073,709,551,615 bytes",
     ),
     "no UTF-8": (file([value("s", STRING, string(b"\xff"))]), "is not UTF-8"),
     "no such type": (file([value("s", 13, bytes(8))]), "the value 's' is of type 13"),
@@ -212,6 +217,7 @@ CHANGES: dict[str, tuple[Callable[[GGUFWriter], Any], str]] = {
     "an architecture that is no text": (
         lambda w: w.add_uint32("general.architecture", 1), "'general.architecture' should be a text, not 1"),
     "experts": (lambda w: w.add_expert_count(8), "it asks for llama.expert_count=8; it is not supported"),
+    "experts a layer": (lambda w: w.add_array("llama.expert_count", [0, 8]), "it asks for llama.expert_count="),
     "no layers": (lambda w: w.add_block_count(0), "'llama.block_count' should be from 1 to"),
     "layers without end": (
         lambda w: w.add_block_count(2**32 - 1), "'llama.block_count' should be from 1 to"),

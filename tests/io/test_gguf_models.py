@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from converted import convert
+from gguf import GGUFWriter
 from published_models import check_same, published
 
 import headwise as hw
 from headwise.io.gguf import gguf_spec, load_gguf
 from headwise.io.hf.folder import hf_spec
+from headwise.position.rope import RoPESpec, YarnScaling
 
 WIDTHS = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 80}
 KIN = {**WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -68,3 +71,26 @@ def test_the_line_is_that_of_the_folder(case: str, tmp_path: Path) -> None:
     peer = published(model_type, **config)
     peer.save_pretrained(tmp_path / "folder")
     assert gguf_spec(convert(peer, tmp_path / "model.gguf")) == hf_spec(tmp_path / "folder")
+
+
+def test_what_a_file_says_of_yarn_is_in_the_line(tmp_path: Path) -> None:
+    def more(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_yarn_beta_fast(16.0)
+        writer.add_rope_scaling_yarn_beta_slow(2.0)
+        writer.add_rope_scaling_attn_factors(0.5)
+
+    path = convert(published("qwen2", **KIN, rope_parameters=YARN), tmp_path / "model.gguf", more=more)
+    position = gguf_spec(path).position
+    assert isinstance(position, RoPESpec)
+    assert isinstance(position.scaling, YarnScaling)
+    assert (position.scaling.beta_fast, position.scaling.beta_slow) == (16, 2)
+    # llama.cpp multiplies what the file says with YaRN's own rule.
+    assert position.scaling.attention_factor == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+
+
+def test_old_files_of_gpt2_have_their_head_twice(tmp_path: Path) -> None:
+    """Once as the embedding and once as a head: the line then has both, and computes the same."""
+    peer = published("gpt2", n_embd=48, n_head=4, n_layer=1, n_positions=64)
+    ours = load_gguf(convert(peer, tmp_path / "model.gguf", output=True))
+    assert not ours.spec.tie_embeddings
+    check_same(peer, ours)

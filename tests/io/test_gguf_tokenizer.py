@@ -210,6 +210,21 @@ def test_special_tokens_of_other_letters_than_bytes_keep_their_ids(tmp_path: Pat
     )
 
 
+def test_a_word_that_is_a_token_is_taken_whole_where_the_model_does_so(tmp_path: Path) -> None:
+    """Llama 3 takes `and` as one token though no merges lead there; GPT-2 goes by its merges alone."""
+    for pre, wanted in {"llama-bpe": ["and"], "gpt-2": ["an", "d"]}.items():
+
+        def part(writer: GGUFWriter, pre: str = pre) -> None:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(pre)
+            writer.add_token_list([*"and", "an", "and"])
+            writer.add_token_merges(["a n"])
+            writer.add_add_bos_token(False)
+
+        rust, _, _ = gguf_tokenizer(write(tmp_path / f"{pre}.gguf", part))
+        assert rust.encode("and").tokens == wanted
+
+
 def test_a_text_begins_and_ends_as_the_file_says(tmp_path: Path) -> None:
     for number, (begin, end) in enumerate([(True, False), (False, True), (True, True), (False, False)]):
         path = write(
@@ -244,7 +259,7 @@ def test_what_is_kept_of_a_file_can_be_saved_and_read_again(tmp_path: Path) -> N
         (lambda writer: writer.add_string("tokenizer.ggml.model", "bert"), "'bert'; allowed: gpt2, llama"),
         (lambda writer: writer.add_string("tokenizer.ggml.pre", "qwen"), "did you mean 'qwen2'"),
         (lambda writer: writer.add_array("tokenizer.ggml.tokens", [1, 2]), "no list of tokens"),
-        (lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a", "a"]), "a token twice"),
+        (lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a"] * 61), "a token twice"),
         (lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a", "b"]), "a number for each of 2 tokens"),
         (lambda writer: writer.add_array("tokenizer.ggml.merges", [1]), "merges is missing or no list"),
         (lambda writer: writer.add_array("tokenizer.ggml.merges", ["t he"]), "does not fit together"),

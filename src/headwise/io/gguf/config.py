@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headwise.errors import short
 from headwise.io.gguf.header import Header
 from headwise.io.hf.config import Config
 from headwise.position.rope import Llama3Scaling
@@ -52,8 +53,9 @@ def hf_config(header: Header) -> Config:
     values = Config(header.values, str(header.path))
     name = values.choice("general.architecture", {name: name for name in ARCHITECTURES})
     for lacking in LACKING:
-        if given := header.values.get(f"{name}.{lacking}"):
-            raise values.lack(f"{name}.{lacking}={given}", "it is not supported")
+        given = header.values.get(f"{name}.{lacking}", 0)
+        if not isinstance(given, int | float) or given != 0:
+            raise values.lack(f"{name}.{lacking}={short(given)}", "it is not supported")
     if (embedding := header.tensors.get("token_embd.weight")) is None:
         raise values.lack("a model without token_embd.weight", "the token embedding is needed")
     config = {theirs: values.size(f"{name}.{ours}") for theirs, ours in WIDTHS.items()}

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from headwise.errors import FormatError, short
 
-# Far above any model that there is (values ~60, tensors ~2,000, merges ~600,000).
-MOST_VALUES = 4096
-MOST_TENSORS = 1 << 14
+# Far above any model that there is (values ~60, tensors ~1,700, merges ~600,000, chat templates ~30,000 bytes).
+MOST_VALUES = 1024
+MOST_TENSORS = 4096
 MOST_STRINGS = 1 << 21  # in all arrays together
+MOST_TEXT = 1 << 18  # bytes of a value that is one string
 MOST_NAME = 256  # bytes
 MOST_DIMS = 4
 ALIGNMENT = 32  # of the tensors, unless general.alignment says otherwise
@@ -125,7 +126,7 @@ class Cursor:
     def string(self, most: int | None = None) -> str:
         length = self.u64()
         if most is not None and length > most:
-            raise self.wrong(f"a name of {length:,} bytes at byte {self.at:,}; at most {most} are allowed")
+            raise self.wrong(f"a text of {length:,} bytes at byte {self.at:,}; at most {most:,} are allowed there")
         self.need(length, "a string")
         self.at += length
         try:
@@ -189,7 +190,7 @@ def _values(cursor: Cursor, count: int) -> dict[str, Value]:
 def _value(cursor: Cursor, name: str, strings_left: int) -> Value:
     kind = cursor.u32()
     if kind == _STRING:
-        return cursor.string()
+        return cursor.string(MOST_TEXT)
     if kind != _ARRAY:
         return _numbers(cursor, name, kind, 1)[0].item()
     kind, count = cursor.u32(), cursor.u64()

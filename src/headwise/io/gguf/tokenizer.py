@@ -31,7 +31,7 @@ ENDS = (
     "<|end|>",
     "<end_of_turn>",
 )
-MOST_TOKENS = 1 << 20
+MOST_TOKENS = 1 << 19
 LONGEST_PIECE = 256  # characters; longer ones come about by no merge
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -76,8 +76,8 @@ def gguf_tokenizer(path: Path | str) -> tuple[Tokenizer, dict[str, Any], list[in
     """
     header = read_header(path)
     values = Config(header.values, str(path))
-    tokens = _tokens(header, values)
     build = values.choice("tokenizer.ggml.model", {"gpt2": _byte_level, "llama": _sentencepiece})
+    tokens = _tokens(header, values)
     named = _special(values, tokens)
     try:
         rust = build(header, values, tokens)
@@ -103,6 +103,8 @@ def _tokens(header: Header, values: Config) -> list[str]:
     listed = header.values.get("tokenizer.ggml.tokens")
     if not isinstance(listed, Strings) or not 0 < len(listed) <= MOST_TOKENS:
         raise FormatError(f"{values.where} holds no tokenizer: tokenizer.ggml.tokens is no list of tokens")
+    for name in ("token_type", "scores"):  # before a string is made
+        _numbers(header, name, len(listed))
     tokens = list(listed)
     if len(set(tokens)) < len(tokens):
         raise FormatError(f"{values.where}: its tokenizer has a token twice")
