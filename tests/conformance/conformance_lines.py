@@ -33,7 +33,8 @@ ORDERS = ("pre", "post", "sandwich", "reordered", "parallel", "parallel_two_norm
 CAUSAL = [
     *mechanism_lines(*FAMILIES),
     *(f"gpt2({WIDTHS}, order={order})" for order in ORDERS),
-    f"llama({WIDTHS.replace('n_heads=4', 'n_heads=6')}, attention=softmax(head_dim=8), position=alibi(scale=0.4))",
+    f"llama({WIDTHS.replace('n_heads=4', 'n_heads=6')}, attention=softmax(head_dim=8), "
+    "position=alibi(scale=0.4, rounded=true))",
     f"llama({WIDTHS}, attention=pattern(window(8), softmax), position=pattern(rope, none), ffn=pattern(swiglu, mlp), "
     "logit_softcap=4.0)",
     *(f"{preset}({WIDTHS})" for preset in list_presets() if parse(preset).architecture == "decoder"),

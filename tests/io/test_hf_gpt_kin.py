@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon 11b's form, one norm": ("falcon", {**FALCON, **NEW, "num_ln_in_parallel_attn": 1, "bias": True}),
     "falcon 40b's form, one key head": ("falcon", {**FALCON, **NEW, "num_kv_heads": 1}),
     "falcon serial, all key heads, RoPE": ("falcon", {**FALCON, "parallel_attn": False, "multi_query": False}),
-    "falcon RW's form": ("falcon", {**FALCON, **RW}),
+    "falcon RW's form": ("falcon", {**FALCON, **RW, "hidden_size": 48, "num_attention_heads": 12}),
     "falcon ALiBi, multi-query, parallel": ("falcon", {**FALCON, "alibi": True, "num_attention_heads": 2}),
     "bloom": ("bloom", BLOOM),
     "bloom untied, two heads": ("bloom", {**BLOOM, "n_head": 2, "tie_word_embeddings": False}),

@@ -74,6 +74,8 @@ class Stack(nn.Module):
             key = (layer % len(codes), self.rotary_dims[layer])
             if key not in encodings:
                 encodings[key] = codes[key[0]].encode(placed.positions, placed.seq_len, key[1])
+                if placed.segments is not None:
+                    encodings[key] = encodings[key].in_segments(placed.segments[1])
             context = Context(
                 causal=self.causal,
                 encoding=encodings[key],

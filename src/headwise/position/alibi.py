@@ -2,10 +2,13 @@
 
 bias_ij = −m_h·(i − j), with a fixed slope m_h a head. For H a power of two, m_h = 2^(−8(h+1)/H); for other H, the
 slopes of the power of two below, then every other slope of the power above (the paper's and BLOOM's rule). `scale`
-multiplies them all: Falcon adds the bias before it divides by √D, which makes it 1/√D.
+multiplies them all: Falcon adds the bias before it divides by √D, which makes it 1/√D. With `rounded` it is
+scale·(b_h(j) − b_h(i)), where b_h(j) = m_h·j is computed in bfloat16, slope, position and product: so transformers does
+for Falcon, and at far positions the bias goes in steps.
 
 **Fast form.** The bias is a sum of a term in i and a term in j, so it rides on two extra dimensions of q and k
 (see `kernels/attention/sdpa.py`). In half precision j is split into two parts that are exact there, and so is m_h.
+A rounded bias no longer splits into few terms, but its columns differ by head alone: head h reads b_h out of H columns.
 For bidirectional attention |i − j| does not split; the bias −m_h·|i − j| is then written out, a block of rows at a
 time.
 """
@@ -20,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from headwise.dims import Dims
+from headwise.kernels.segments import segment_positions
 from headwise.position.base import Encoding, Position, PositionSpec
 from headwise.registry import register_position
 
@@ -30,6 +34,7 @@ class ALiBiSpec(PositionSpec):
     biases: ClassVar[bool] = True
     kind: Literal["alibi"] = "alibi"
     scale: float = Field(1.0, gt=0)
+    rounded: bool = False
 
 
 def slopes(n_heads: int) -> list[float]:
@@ -72,15 +77,52 @@ class ALiBiEncoding(Encoding):
         return (-self.slopes_H.to(dtype)[:, None, None] * distance_TS).to(x_BHTD.dtype)
 
 
+class RoundedEncoding(Encoding):
+    """The bias in bfloat16's steps, which counts the keys' positions [S] or [B,S] from where their segments begin."""
+
+    def __init__(self, slopes_H: Tensor, scale: float, n_new: int, positions: Tensor) -> None:
+        self.slopes_H, self.scale, self.n_new = slopes_H, scale, n_new
+        # The position too is rounded, for the product's two factors meet in bfloat16.
+        self.steps = slopes_H.bfloat16()[:, None] * positions[..., None, :]  # [H,S] or [B,H,S]
+
+    def in_segments(self, segments_BS: Tensor) -> RoundedEncoding:
+        return RoundedEncoding(self.slopes_H, self.scale, self.n_new, segment_positions(segments_BS))
+
+    def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, H = x_BHTD.dtype, len(self.slopes_H)
+        wide = torch.promote_types(dtype, torch.float32)
+        b = self.steps.to(wide).transpose(-1, -2)
+        row = -self.scale * b[..., -self.n_new :, :].transpose(-1, -2)[..., None]
+        scale = torch.tensor(self.scale, dtype=wide, device=b.device)
+        parts = [scale] if dtype == wide else [high := scale.to(dtype).to(wide), scale - high]
+        own = torch.eye(H, dtype=wide, device=b.device)[:, None].expand(*row.shape[:-1], H)
+        return torch.cat([row, *(part * own for part in parts)], -1), torch.cat(
+            [torch.ones_like(b[..., :1]), *[b] * len(parts)], -1
+        )
+
+    def bias(self, x_BHTD: Tensor, start: int, stop: int) -> Tensor:
+        b = self.scale * self.steps.to(torch.promote_types(x_BHTD.dtype, torch.float32))
+        new = b[..., -self.n_new :][..., start:stop]
+        return -(new[..., :, None] - b[..., None, :]).abs().to(x_BHTD.dtype)
+
+
 @register_position(ALiBiSpec)
 class ALiBiPosition(Position):
     """Slopes only; nothing is learned."""
 
+    spec: ALiBiSpec
+
     def __init__(self, spec: ALiBiSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         # Numbers, not a buffer: a model cast to half precision would round a buffer with its parameters.
-        self.slopes = [spec.scale * slope for slope in slopes(dims.n_heads)]
+        self.slopes = slopes(dims.n_heads)
 
-    def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> ALiBiEncoding:
+    def by_length(self, seq_len: int) -> bool:
+        return self.spec.rounded
+
+    def encode(self, positions: Tensor, seq_len: int, head_dim: int) -> Encoding:
         slopes_H = torch.tensor(self.slopes, device=positions.device)
-        return ALiBiEncoding(slopes_H, positions.shape[-1], seq_len)
+        if self.spec.rounded:
+            keys_S = torch.arange(seq_len, device=positions.device)
+            return RoundedEncoding(slopes_H, self.spec.scale, positions.shape[-1], keys_S)
+        return ALiBiEncoding(self.spec.scale * slopes_H, positions.shape[-1], seq_len)

@@ -27,12 +27,17 @@ class PositionSpec(ComponentSpec):
 class Encoding:
     """A position code made ready for the tokens of one forward pass; all layers share it."""
 
+    def in_segments(self, segments_BS: Tensor) -> Encoding:
+        """The same for keys of these segments, int64 [B,S], where it goes by more than distances."""
+        return self
+
     def rotate(self, x_BHTD: Tensor) -> Tensor:
         """Queries or keys of the pass's new tokens, with their positions worked in."""
         return x_BHTD
 
     def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A causal bias on the scores as factors a [H,T,n], b [S,n], for tensors like `x_BHTD`; None for no bias.
+        """A causal bias on the scores as factors a [H,T,n], b [S,n] (each with a batch in front where rows differ), for
+        tensors like `x_BHTD`; None for no bias.
 
         bias_ij = a_i·b_j, up to a constant in each row.
         """

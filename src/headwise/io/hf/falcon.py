@@ -23,7 +23,7 @@ NORMS = {
 
 
 class Falcon(Family):
-    """`bias` is that of all maps; ALiBi's bias is divided by √head_dim as the scores are."""
+    """`bias` is that of all maps; ALiBi's bias is rounded, and divided by √head_dim as the scores are."""
 
     model_type = "falcon"
     architecture = "FalconForCausalLM"
@@ -65,7 +65,7 @@ class Falcon(Family):
     def position(self, config: Config, head_dim: int) -> dict[str, Any]:
         """ALiBi or RoPE."""
         if config.get("alibi", bool, False):
-            return {"kind": "alibi", "scale": max(1, head_dim) ** -0.5}
+            return {"kind": "alibi", "scale": max(1, head_dim) ** -0.5, "rounded": True}
         return common.rope(config)
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def products(
     Args:
         q_BHTE, k_BKSE: the points; q' and k' have their dtype.
         key_term_BKS, tau_H11: as for `naive.scores`.
-        bias_factors: a further bias a_i·b_j on the scores, [H,T,n] and [S,n].
+        bias_factors: a further bias a_i·b_j on the scores, [H,T,n] and [S,n], or with a batch in front.
     """
     dtype = q_BHTE.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -51,7 +51,7 @@ def products(
     if bias_factors is not None:
         a_HTn, b_Sn = (f.to(dtype) for f in bias_factors)
         q.insert(0, a_HTn.expand(B, H, T, -1))
-        k.insert(0, b_Sn.expand(B, K, S, -1))
+        k.insert(0, b_Sn[..., None, :, :].expand(B, K, S, -1))
     spare = -sum(t.shape[-1] for t in q) % MULTIPLE
     if spare:
         q.append(q_BHTE.new_zeros(()).expand(B, H, T, spare))
