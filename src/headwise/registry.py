@@ -298,10 +298,26 @@ def spec_kinds(spec: type[ComponentSpec]) -> tuple[str, ...]:
 
 def validated(model: type[BaseModel], fields: Mapping[str, Any]) -> Any:
     """`model(**fields)`, with pydantic's complaints turned into a SpecError that lists all of them."""
+    # Pydantic would take true for 1.
+    wrong = [
+        Problem(name, f"a number is wanted, not {short(value)}")
+        for name, value in fields.items()
+        if isinstance(value, bool) and _is_number(model, name)
+    ]
     try:
-        return model.model_validate(dict(fields))
+        made = model.model_validate(dict(fields))
     except ValidationError as error:
-        raise SpecError(problems_of(error, model)) from None
+        raise SpecError(wrong + problems_of(error, model)) from None
+    if wrong:
+        raise SpecError(wrong)
+    return made
+
+
+def _is_number(model: type[BaseModel], name: str) -> bool:
+    """Whether a field takes numbers, and neither true nor false."""
+    known = model.model_fields.get(name)
+    kinds = {known.annotation, *get_args(known.annotation)} if known is not None else set()
+    return bool not in kinds and bool(kinds & {int, float})
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:

@@ -421,6 +421,7 @@ def test_bench_measures_prints_and_writes(capsys: pytest.CaptureFixture[str], tm
         (["attention", "--kinds", "sofmax"], "did you mean 'softmax'"),
         (["attention", "--lengths", "512-1024"], "lengths: given '512-1024', should be FIRST:LAST"),
         (["attention", "--rounds", "3"], "rounds: "),
+        (["attention", "--kinds", "softmax", "--position", "rope", "--head-dim", "7"], "rope turns pairs"),
         (["attention", "--budgte", "3"], "did you mean '--budget'"),
         ([], "SUBJECT"),
     ],

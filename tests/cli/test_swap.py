@@ -126,6 +126,8 @@ def test_a_stopped_run_from_given_weights_resumes_to_the_same_bits(swapped: Path
     [
         (["--ffn", "vft(rank=16)"], "error: ffn.rank: 16 given, but a vein is narrower than d_model=16"),
         (["--ffn", "moe", "--layers", "0-9"], "error: layers: '0-9' given, but this model has layers 0 to 2"),
+        (["--ffn", "moe", "--layers", "1-0"], "error: layers: '1-0' given; write the lower layer first"),
+        (["--ffn", "moe", "--out", __file__], f"error: out: {__file__} is a file; choose a folder"),
         (["--ffn", "meo"], "error: ffn: unknown ffn 'meo' (did you mean 'moe'?)"),
         ([], "error: nothing to put in: give --attention, --ffn or both"),
         (["--fnn", "moe"], "error: unknown flag --fnn (did you mean '--ffn'?)"),

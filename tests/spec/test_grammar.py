@@ -449,6 +449,14 @@ def mutated(rng: random.Random) -> str:
     return text
 
 
+def test_true_is_no_number() -> None:
+    """Pydantic would take it for 1."""
+    for line in ("gpt2(n_layers=true)", "gpt2(attention=window(true))", "gpt2(attention=softmax(softcap=true))"):
+        with pytest.raises(SpecError, match="a number is wanted, not True"):
+            parse(line)
+    assert parse("gpt2(attention=softmax(qk_norm=true))").attention.qk_norm is True
+
+
 def read_or_refused(source: Any, read: Callable[[Any], ModelSpec] = parse) -> ModelSpec | None:
     """The spec, or None where it is refused in words; anything else that is raised fails the test."""
     try:

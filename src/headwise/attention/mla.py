@@ -79,6 +79,7 @@ class MLASpec(AttentionSpec):
     def check(self, dims: Dims) -> list[Problem]:
         problems = super().check(dims)
         if self.kv_heads not in (None, dims.n_heads):
+            problems = [problem for problem in problems if problem.field != "kv_heads"]
             message = f"{self.kv_heads} given, but every head has keys of its own, made of the shared latent"
             problems.append(Problem("kv_heads", f"{message}; leave it out and choose kv_lora_rank"))
         if self.qk_norm:

@@ -46,7 +46,9 @@ class SwapSettings(Settings):
     def contradictions(self) -> Iterable[tuple[tuple[str, ...], str]]:
         if self.attention is None and self.ffn is None:
             yield ("attention", "ffn"), "nothing to put in: give --attention, --ffn or both, as --ffn 'vft(rank=16)'"
-        if self.out is not None and self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+        if self.out is not None and self.out.is_file():
+            yield ("out",), f"out: {self.out} is a file; choose a folder"
+        elif self.out is not None and self.out.is_dir() and any(self.out.iterdir()):
             yield ("out",), f"out: {self.out} exists and is not empty; choose another folder"
 
 

@@ -179,7 +179,9 @@ def layer_numbers(layers: str | Iterable[int] | None, n_layers: int) -> set[int]
             numbers = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             raise SpecError([Problem("layers", f"{short(layers)} given; write numbers and ranges, as 0-3,5")]) from None
-        if not numbers or numbers[0] < 0 or numbers[-1] >= n_layers:
+        if not numbers:
+            raise SpecError([Problem("layers", f"{short(piece)} given; write the lower layer first, as 0-3")])
+        if numbers[0] < 0 or numbers[-1] >= n_layers:
             wanted = f"this model has layers 0 to {n_layers - 1}"
             raise SpecError([Problem("layers", f"{short(piece)} given, but {wanted}")])
         chosen |= set(numbers)

@@ -16,7 +16,7 @@ from headwise.spec import ModelSpec, parse
 from headwise.train.allocator import kept_memory
 from headwise.train.objective import vocab_needed
 from headwise.train.settings import TrainSettings
-from headwise.train.vein import with_last_tau
+from headwise.train.vein import check_vein, with_last_tau
 
 if TYPE_CHECKING:
     from headwise.data import Dataset
@@ -90,6 +90,7 @@ def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | N
             f"init_from: {settings.init_from} holds {str(held)!r}, not the line to be trained, {str(spec)!r}; "
             f"train the line that it holds, or put other mechanisms in with `headwise swap`"
         )
+    check_vein(spec, settings)
     return Job(with_last_tau(spec, settings), settings, dataset, device)
 
 

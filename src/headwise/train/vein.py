@@ -54,10 +54,23 @@ def fitting(settings: S, spec: ModelSpec) -> S:
     """
     asked = [name for name in (*VEIN_SETTINGS, "tau_schedule") if getattr(settings, name)]
     unused = [name for name in asked if name == "tau_schedule" and not _compensates(spec)]
-    of_vein = [name for name in asked if name in VEIN_SETTINGS]
-    if of_vein and not vein_parameters(build(spec, device="meta")):
-        unused += of_vein
+    unused += _without_vein(spec, settings)
     return settings.model_copy(update={name: type(settings).model_fields[name].get_default() for name in unused})
+
+
+def _without_vein(spec: ModelSpec, settings: TrainSettings) -> list[str]:
+    """The settings that ask something of a vein, where `spec` has none."""
+    asked = [name for name in VEIN_SETTINGS if getattr(settings, name)]
+    return asked if asked and not vein_parameters(build(spec, device="meta")) else []
+
+
+def check_vein(spec: ModelSpec, settings: TrainSettings) -> None:
+    """`SettingsError` where the settings ask something of a vein, and `spec` has none."""
+    for name in _without_vein(spec, settings):
+        raise SettingsError(
+            f"{name}: {str(spec)!r} has no vein; leave {name} out, or use a mechanism that has one, "
+            f"as attention=tva(rank=8) not folded, or ffn=vft(rank=16)"
+        )
 
 
 def unused_by_all(settings: TrainSettings, specs: Sequence[ModelSpec]) -> list[str]:
@@ -71,19 +84,8 @@ def unused_by_all(settings: TrainSettings, specs: Sequence[ModelSpec]) -> list[s
 
 
 def vein_factors(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
-    """The learning-rate factor of each of the vein's parameters, by name; empty where the settings name none.
-
-    Raises:
-        SettingsError: `vein_lr` or `vein_freeze` for a model without a vein.
-    """
-    names = list(vein_parameters(model))
-    for setting in VEIN_SETTINGS:
-        if getattr(settings, setting) and not names:
-            raise SettingsError(
-                f"{setting}: this model has no vein; leave {setting} out, or use a mechanism that has one, "
-                f"as attention=tva(rank=8) not folded, or ffn=vft(rank=16)"
-            )
-    return {} if settings.vein_lr is None else dict.fromkeys(names, settings.vein_lr)
+    """The learning-rate factor of each of the vein's parameters, by name; empty where `vein_lr` is not given."""
+    return {} if settings.vein_lr is None else dict.fromkeys(vein_parameters(model), settings.vein_lr)
 
 
 class VeinSchedule:

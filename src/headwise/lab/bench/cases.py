@@ -116,7 +116,7 @@ def cases(bed: Bed) -> list[Case]:
     for call in dict.fromkeys(typical_calls() if everything else settings.kinds):
         try:
             spec = attention_spec(call, bed)
-            if not everything and (wrong := spec.check(bed.dims(max(settings.lengths)))):
+            if not everything and (wrong := _problems(spec, position, bed.dims(max(settings.lengths)))):
                 raise SpecError(wrong)
         except SpecError as error:
             problems += [f"kinds: {call}: {p}" for p in error.problems]
@@ -169,6 +169,18 @@ def _position(bed: Bed) -> ComponentSpec:
     return spec
 
 
+def _problems(spec: ComponentSpec, position: ComponentSpec, dims: Dims) -> list[Problem]:
+    """What keeps a kind, or this position code in it, from being built at these widths."""
+    if not isinstance(position, PositionSpec):
+        return spec.check(dims)
+    return spec.check(dims) or position.check_head(_turned(spec, dims))
+
+
+def _turned(spec: ComponentSpec, dims: Dims) -> int:
+    """How wide the heads are that the position code sees."""
+    return spec.rotary_dim(dims) if isinstance(spec, AttentionSpec) else dims.head_dim
+
+
 def stock(bed: Bed, length: int) -> Work:
     """Torch's own attention, as it is written by hand."""
     s = bed.settings
@@ -193,6 +205,8 @@ def stock(bed: Bed, length: int) -> Work:
 def mechanism(bed: Bed, spec: ComponentSpec, position: ComponentSpec, length: int, *, naive: bool = False) -> Work:
     """A registered kind's layer, or its core, at one length."""
     dims = bed.dims(length)
+    if wrong := _problems(spec, position, dims):
+        raise SpecError(wrong)
     layer = ATTENTION.build(spec, dims)
     for module in layer.modules():
         if callable(own_rule := getattr(module, "initialise", None)):
@@ -200,9 +214,8 @@ def mechanism(bed: Bed, spec: ComponentSpec, position: ComponentSpec, length: in
     layer.to(bed.device, bed.dtype)
     encoding = Encoding()
     if position.kind != "none":
-        width = spec.rotary_dim(dims) if isinstance(spec, AttentionSpec) else dims.head_dim
         code = POSITION.build(position, dims)
-        encoding = code.encode(torch.arange(length, device=bed.device), length, width)
+        encoding = code.encode(torch.arange(length, device=bed.device), length, _turned(spec, dims))
     context = Context(causal=bed.settings.causal, encoding=encoding)
     return layer_work(bed, length, layer, lambda x_BTC: layer(x_BTC, context=context)[0], naive=naive)
 
