@@ -12,15 +12,44 @@ from headwise.spec import list_presets, parse
 WIDTHS = "d_model=32, n_layers=2, n_heads=4, vocab_size=61, max_seq_len=1100"
 
 
+# What stands around a mechanism where the price of a line counts.
+PLAIN = {"norm": "layernorm", "ffn": "mlp(relu)", "order": "parallel"}
+
+
+def examples(family: str) -> dict[type, list[str]]:
+    """The examples of each registered kind of a family, or its bare name; kinds of one class stand together."""
+    registry, found = FAMILIES[family], dict[type, list[str]]()
+    for kind in registry.list():
+        spec = registry.get(kind).spec
+        own = [e for e in spec.examples if registry.spec(parse_call(e)).kind == kind]
+        found.setdefault(spec, []).extend(own or [kind])
+    return found
+
+
 def mechanism_lines(*families: str) -> list[str]:
     """One line for each example of each registered kind of some families, in a small Llama."""
+    return [
+        f"llama({WIDTHS}, {family}={example})"
+        for family in families
+        for of_class in examples(family).values()
+        for example in of_class
+    ]
+
+
+def stacked_lines(*families: str) -> list[str]:
+    """The same examples with those of one class as the layers of one model, for what costs much by the model."""
     lines = []
     for family in families:
-        registry = FAMILIES[family]
-        for kind in registry.list():
-            examples = [e for e in registry.get(kind).spec.examples if registry.spec(parse_call(e)).kind == kind]
-            lines += [f"llama({WIDTHS}, {family}={example})" for example in examples or [kind]]
+        for of_class in examples(family).values():
+            fields = {**PLAIN, family: of_class[0] if len(of_class) == 1 else f"pattern({', '.join(of_class)})"}
+            widths = WIDTHS.replace("n_layers=2", f"n_layers={len(of_class)}")
+            lines.append(f"llama({widths}, {', '.join(f'{name}={value}' for name, value in fields.items())})")
     return lines
+
+
+def one_layer(line: str) -> str:
+    """A line without the second of two layers that are alike: for what is a matter of one layer."""
+    return line if "pattern(" in line else line.replace("n_layers=2", "n_layers=1")
 
 
 def parse_call(text: str) -> object:
@@ -30,8 +59,7 @@ def parse_call(text: str) -> object:
 
 
 ORDERS = ("pre", "post", "sandwich", "reordered", "parallel", "parallel_two_norms")
-CAUSAL = [
-    *mechanism_lines(*FAMILIES),
+COMBINED = [
     *(f"gpt2({WIDTHS}, order={order})" for order in ORDERS),
     f"llama({WIDTHS.replace('n_heads=4', 'n_heads=6')}, attention=softmax(head_dim=8), "
     "position=alibi(scale=0.4, rounded=true))",
@@ -39,13 +67,23 @@ CAUSAL = [
     "logit_softcap=4.0)",
     *(f"{preset}({WIDTHS})" for preset in list_presets() if parse(preset).architecture == "decoder"),
 ]
-BIDIRECTIONAL = [
-    *(line.replace("llama(", "llama(architecture=encoder, ", 1) for line in mechanism_lines("attention", "position")),
-    f"gpt1({WIDTHS}, architecture=encoder)",
-]
+ENCODER = [f"gpt1({WIDTHS}, architecture=encoder)"]
 ENCODER_DECODER = [
     f"transformer({WIDTHS})",
     f"llama({WIDTHS}, architecture=encoder_decoder, attention=gqa(kv_heads=2))",
+]
+
+
+def as_encoders(lines: list[str]) -> list[str]:
+    return [line.replace("llama(", "llama(architecture=encoder, ", 1) for line in lines]
+
+
+CAUSAL = [*mechanism_lines(*FAMILIES), *COMBINED]
+BIDIRECTIONAL = [*as_encoders(mechanism_lines("attention", "position")), *ENCODER]
+STACKED = [
+    *stacked_lines(*FAMILIES),
+    *as_encoders(stacked_lines("attention", "position")),
+    *map(one_layer, [*COMBINED, *ENCODER, *ENCODER_DECODER]),
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from conformance_lines import BIDIRECTIONAL, CAUSAL, ENCODER_DECODER, WIDTHS
+from conformance_lines import BIDIRECTIONAL, CAUSAL, ENCODER_DECODER, STACKED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -12,9 +14,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "encoder_line": BIDIRECTIONAL,
         "encoder_decoder_line": ENCODER_DECODER,
         "line": CAUSAL + BIDIRECTIONAL + ENCODER_DECODER,
+        "stacked_line": STACKED,
     }
     for name, lines in wanted.items():
         if name in metafunc.fixturenames:
-            metafunc.parametrize(
-                name, lines, ids=[line.replace(WIDTHS + ", ", "").replace(WIDTHS, "") for line in lines]
-            )
+            metafunc.parametrize(name, lines, ids=[re.sub(r"d_model=.*max_seq_len=\d+(, )?", "", s) for s in lines])

@@ -12,7 +12,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
-from conformance_lines import extra_inputs, model_of, tokens
+from conformance_lines import extra_inputs, model_of, one_layer, tokens
 from torch import Tensor
 
 from headwise import kernels
@@ -23,7 +23,7 @@ FEW, DRAWS = 2, 3
 
 def run(line: str, T: int, dtype: torch.dtype, *, naive: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Logits and all parameters' gradients of a random weighting of them, each as one float64 vector."""
-    model = model_of(line).to(dtype)
+    model = model_of(one_layer(line)).to(dtype)
     ids = tokens(1, T, seed=seed)
     weight = torch.randn(1, T, 61, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     if naive:

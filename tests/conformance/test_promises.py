@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance_lines import extra_inputs, model_of, tokens
+from conformance_lines import extra_inputs, model_of, one_layer, tokens
 
 from headwise.cache import RecurrentCache
 from headwise.errors import HeadwiseError
@@ -119,14 +119,14 @@ def test_left_padded_batches_decode_from_a_cache(causal_line: str) -> None:
 
 @torch.no_grad()
 def test_bf16_is_finite_and_near_float32_at_4096(line: str) -> None:
-    spec = parse(line).replace(max_seq_len=4096)
+    spec = parse(one_layer(line)).replace(max_seq_len=4096)
     model = build(spec, seed=1).eval()
     ids = tokens(1, 4096)
     exact = model(ids, **extra_inputs(model, 1))
     half = model.bfloat16()(ids, **extra_inputs(model, 1))
     assert half.isfinite().all()
     error = (half.float() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
-    assert error < 0.05, f"relative error {error:.3f}"
+    assert error < 0.02, f"relative error {error:.3f}"
 
 
 def loss_and_grads(model: LanguageModel, compiled: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,8 +138,8 @@ def loss_and_grads(model: LanguageModel, compiled: Any = None) -> tuple[torch.Te
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_checkpointing_compiling_and_autocast_give_the_same_loss(line: str) -> None:
-    model = model_of(line).train()
+def test_checkpointing_compiling_and_autocast_give_the_same_loss(stacked_line: str) -> None:
+    model = model_of(stacked_line).train()
     loss, grads = loss_and_grads(model)
     model.activation_checkpointing = True
     torch.testing.assert_close(loss_and_grads(model), (loss, grads), atol=1e-7, rtol=1e-6)
@@ -148,9 +148,7 @@ def test_checkpointing_compiling_and_autocast_give_the_same_loss(line: str) -> N
         half, _ = loss_and_grads(model)
     torch.testing.assert_close(half, loss, atol=0.03, rtol=0.03)
     torch._dynamo.reset()
-    # aot_eager traces and differentiates as inductor does, without the minutes of C++ compilation. Layers that are
-    # alike are traced alike: one is enough, and takes half the time.
-    model = model_of(line if "pattern(" in line else line.replace("n_layers=2", "n_layers=1")).train()
+    # aot_eager traces and differentiates as inductor does, without the minutes of C++ compilation.
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(loss_and_grads(model, compiled), loss_and_grads(model), atol=1e-6, rtol=1e-5)
 
