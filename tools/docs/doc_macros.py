@@ -96,12 +96,22 @@ def counts(*lines: str, context: int | None = None, parts: Sequence[str] = ("att
     return markdown(table(f"At a context of {tokens:,} tokens:", ("line", "line", "text"), *columns, rows=rows))
 
 
+NORM_PLACES = {
+    "pre": "before",
+    "post": "after",
+    "sandwich": "both",
+    "reordered": "after, inside the sum",
+    "parallel": "before, parallel",
+    "parallel_two_norms": "before, parallel",
+}
+
+
 def presets() -> str:
     """The styles: what each preset sets."""
     rows = []
     for name in sorted(PRESETS):
         spec = parse(name)
-        norm_place = {"pre": "before", "post": "after", "sandwich": "both", "parallel": "before, parallel"}[spec.order]
+        norm_place = NORM_PLACES[spec.order]
         parts = {part: f"`{_component(getattr(spec, part))}`" for part in ("attention", "position", "norm", "ffn")}
         yes = [
             words
@@ -214,7 +224,7 @@ def usage(command: str) -> str:
     """What `headwise COMMAND --help` prints."""
     out = io.StringIO()
     with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(out):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     return f"```text\n{out.getvalue().rstrip()}\n```\n"
 
 
