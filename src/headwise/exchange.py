@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.data.portable import portable
 from headwise.data.tokenizers import RustBackedTokenizer, Tokenizer, load_tokenizer
-from headwise.errors import DataError, SettingsError, one_of
+from headwise.errors import DataError, FormatError, SettingsError, one_of
 from headwise.io.atomic import atomic_dir
 from headwise.io.hf.export import save_hf
 from headwise.io.pretrained import load, save_pretrained
@@ -153,7 +153,7 @@ def _tokenizer(path: Path | str) -> tuple[Tokenizer | None, str | None]:
     """The model's tokenizer; or none, and why. Weights alone are worth having."""
     try:
         return load_tokenizer(path), None
-    except DataError as error:
+    except (DataError, FormatError) as error:  # none at all, or in a GGUF file one of a kind that is not known
         return None, str(error)
 
 

@@ -11,6 +11,7 @@ from commands import run, run_json
 import headwise as hw
 from headwise.data import load_tokenizer
 from headwise.data.tokenizers import ByteTokenizer
+from headwise.io.gguf.export import save_gguf
 
 
 def test_show_prints_the_line_of_a_file(smollm2_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +57,11 @@ def test_export_writes_a_file_or_one_in_a_folder(tmp_path: Path, capsys: pytest.
     status, _, err = run(capsys, "export", source, "--format", "gguf", "--out", str(tmp_path / "a.gguf"))
     assert status == 2
     assert "exists and is not empty; choose another name" in err
+
+
+def test_a_file_without_a_tokenizer_is_imported_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_gguf(hw.build("gpt2(vocab_size=50, max_seq_len=32, d_model=32, n_layers=1, n_heads=2)"), tmp_path / "a.gguf")
+    facts = run_json(capsys, "import", str(tmp_path / "a.gguf"), "--out", str(tmp_path / "folder"))
+    assert facts["tokenizer"] is None
+    assert "tokenizer.ggml.model" in facts["no_tokenizer"]
+    assert hw.load(tmp_path / "folder").spec.vocab_size == 50

@@ -133,7 +133,7 @@ def _llama3(rope: dict[str, Any], head_dim: int) -> NDArray[np.float32]:
 
 
 def add_byte_level(writer: GGUFWriter) -> None:
-    """A byte-level tokenizer of 61 tokens, some of them merged from others."""
+    """A byte-level tokenizer of 59 tokens, some of them merged from others."""
     tokens = ["<|endoftext|>", "<|im_start|>", *"abcdefghijklmnopqrstuvwxyzĠĊ.,!?0123456789ABCDEFGHI"]
     tokens += ["th", "the", "Ġthe", "an", "and", "<think>"]
     merges = ["t h", "th e", "Ġ the", "a n", "an d"]

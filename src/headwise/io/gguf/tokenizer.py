@@ -223,7 +223,6 @@ def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, st
             continue
         cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         merges += [(score, len(left), len(right), left, right) for left, right in pairs]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in merges]
