@@ -83,7 +83,7 @@ def test_the_bias_of_the_choice_stays_as_exact_as_it_is_stored(tmp_path: Path) -
     assert torch.equal(again.e_score_correction_bias, gate.e_score_correction_bias)
 
 
-@pytest.mark.parametrize("preset", ["gpt_neox", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("preset", ["gpt_neox", "mixtral", "deepseek_v3", "gemma2", "olmo2"])
 def test_a_style_is_the_published_one(preset: str, tmp_path: Path) -> None:
     """Trained here, it goes out as the family of its name."""
     fields = "d_model=64, n_layers=2, n_heads=4, vocab_size=61, max_seq_len=64, init_std=0.2"

@@ -53,6 +53,14 @@ def gemma_config(*args: Any) -> Any:
     return llama_like(hf.GemmaConfig, *args, tied=True, head_dim=256)
 
 
+def gemma2_config(*args: Any) -> Any:
+    return llama_like(hf.Gemma2Config, *args[:-1], 256_000, tied=True, head_dim=args[-1])
+
+
+def olmo2_config(*args: Any) -> Any:
+    return llama_like(hf.Olmo2Config, *args, tied=False)
+
+
 QWEN3 = hf.Qwen3ForCausalLM
 # line → class, its published configuration, and the parameters its authors' checkpoint holds
 PUBLISHED: dict[str, tuple[Any, Callable[[], Any], int]] = {
@@ -85,6 +93,13 @@ PUBLISHED: dict[str, tuple[Any, Callable[[], Any], int]] = {
     "bloom(size='7.1b')": (hf.BloomForCausalLM, lambda: bloom_config(4096, 30, 32), 7_069_016_064),
     "bloom(size='176b')": (hf.BloomForCausalLM, lambda: bloom_config(14336, 70, 112), 176_247_271_424),
     "gptj(size='6b')": (hf.GPTJForCausalLM, hf.GPTJConfig, 6_050_882_784),
+    "gemma2(size='2b')": (hf.Gemma2ForCausalLM, lambda: gemma2_config(2304, 26, 8, 4, 9216, 256), 2_614_341_888),
+    "gemma2(size='9b')": (hf.Gemma2ForCausalLM, lambda: gemma2_config(3584, 42, 16, 8, 14336, 256), 9_241_705_984),
+    "gemma2(size='27b')": (hf.Gemma2ForCausalLM, lambda: gemma2_config(4608, 46, 32, 16, 36864, 128), 27_227_128_320),
+    "olmo2(size='1b')": (hf.Olmo2ForCausalLM, lambda: olmo2_config(2048, 16, 16, 16, 8192, 100352), 1_484_916_736),
+    "olmo2(size='7b')": (hf.Olmo2ForCausalLM, lambda: olmo2_config(4096, 32, 32, 32, 11008, 100352), 7_298_617_344),
+    "olmo2(size='13b')": (hf.Olmo2ForCausalLM, lambda: olmo2_config(5120, 40, 40, 40, 13824, 100352), 13_716_198_400),
+    "olmo2(size='32b')": (hf.Olmo2ForCausalLM, lambda: olmo2_config(5120, 64, 40, 8, 27648, 100352), 32_234_279_936),
     "mixtral(size='8x7b')": (hf.MixtralForCausalLM, hf.MixtralConfig, 46_702_792_704),
     "mixtral(size='8x22b')": (
         hf.MixtralForCausalLM,
@@ -541,5 +556,5 @@ def test_the_2017_transformer_computes_what_torchs_layers_do() -> None:
 
 def test_every_preset_is_compared() -> None:
     compared = {"llama", "mistral", "qwen3", "gemma", "gpt2", "gpt1", "falcon", "bloom", "gptj", "transformer"}
-    as_folders = {"gpt_neox", "mixtral", "deepseek_v3"}  # in tests/io/test_hf_mixtures.py
+    as_folders = {"gpt_neox", "mixtral", "deepseek_v3", "gemma2", "olmo2"}  # in tests/io/test_hf_mixtures.py
     assert compared | as_folders == set(list_presets())

@@ -45,6 +45,12 @@ def _qwen(kv_heads: int) -> dict[str, Any]:
     return {"kind": "softmax", "kv_heads": kv_heads, "head_dim": 128, "qk_norm": True}
 
 
+def _gemma2(window: int = 4096, **fields: Any) -> dict[str, Any]:
+    heads = {"softcap": 50.0, **fields}
+    items = [{"kind": "window", "window": window, **heads}, {"kind": "softmax", **heads}]
+    return {"kind": "pattern", "items": items}
+
+
 PRESETS: dict[str, Preset] = {
     "gpt2": Preset(
         "GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each part, GELU, tied embeddings",
@@ -166,6 +172,64 @@ PRESETS: dict[str, Preset] = {
                 16,
                 ffn={"kind": "geglu_tanh", "d_ff": 24576},
                 attention={"kind": "softmax", "head_dim": 256},
+            ),
+        ),
+    ),
+    "gemma2": Preset(
+        "Gemma 2 (2024): Gemma with norms around each part, windows in turn, scores and logits under soft caps",
+        {
+            "attention": _gemma2(kv_heads=2),
+            "position": "rope",
+            "norm": {"kind": "rmsnorm", "unit_offset": True},
+            "ffn": "geglu_tanh",
+            "order": "sandwich",
+            "tie_embeddings": True,
+            "scale_embeddings": True,
+            "logit_softcap": 30.0,
+            "init": "normal",
+        },
+        _sizes(
+            {"vocab_size": 256000, "max_seq_len": 8192},
+            _2b=_shape(
+                26,
+                2304,
+                8,
+                ffn={"kind": "geglu_tanh", "d_ff": 9216},
+                attention=_gemma2(kv_heads=4, head_dim=256),
+            ),
+            _9b=_shape(
+                42,
+                3584,
+                16,
+                ffn={"kind": "geglu_tanh", "d_ff": 14336},
+                attention=_gemma2(kv_heads=8, head_dim=256),
+            ),
+            _27b=_shape(
+                46,
+                4608,
+                32,
+                ffn={"kind": "geglu_tanh", "d_ff": 36864},
+                attention=_gemma2(kv_heads=16, head_dim=128, scale=144**-0.5),
+            ),
+        ),
+    ),
+    "olmo2": Preset(
+        "OLMo 2 (2024): Llama with each norm behind its part, queries and keys normed over all heads",
+        {
+            "attention": {"kind": "softmax", "qk_norm": "full"},
+            "position": LLAMA3_ROPE,
+            "norm": "rmsnorm",
+            "ffn": "swiglu",
+            "order": "reordered",
+            "init": "normal",
+        },
+        _sizes(
+            {"vocab_size": 100352, "max_seq_len": 4096},
+            _1b=_shape(16, 2048, 16, ffn=_swiglu(8192)),
+            _7b=_shape(32, 4096, 32, ffn=_swiglu(11008)),
+            _13b=_shape(40, 5120, 40, ffn=_swiglu(13824)),
+            _32b=_shape(
+                64, 5120, 40, ffn=_swiglu(27648), attention={"kind": "softmax", "kv_heads": 8, "qk_norm": "full"}
             ),
         ),
     ),

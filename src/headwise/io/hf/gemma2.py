@@ -14,6 +14,7 @@ class Gemma2(LaterGemma):
 
     model_type = "gemma2"
     architecture = "Gemma2ForCausalLM"
+    preset = "gemma2"
 
     def heads(self, config: Config) -> dict[str, Any]:
         return {**super().heads(config), "softcap": capped(config, "attn_logit_softcapping", 50.0)}

@@ -17,6 +17,7 @@ class Olmo2(LlamaKin):
 
     model_type = "olmo2"
     architecture = "Olmo2ForCausalLM"
+    preset = "olmo2"
     eps = 1e-5
 
     def attention(self, config: Config) -> dict[str, Any]:
