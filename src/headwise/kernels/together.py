@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 
-def products(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+def products(x: Tensor, *maps: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
     """What each of the maps makes of x; by one product where their weights were laid together.
 
-    The first map's `joint`, where it has one, says with which maps that is (its `maps`) and computes all of them.
+    The first map's own attribute `joint`, where it has one, says with which maps that is (its `maps`) and computes all.
     """
-    joint = maps[0].__dict__.get("joint")
+    joint = vars(maps[0]).get("joint")
     if joint is not None and joint.maps == maps:
         results: tuple[Tensor, ...] = joint(x)
         return results
