@@ -110,7 +110,7 @@ class ModelSpec(BaseModel):
         if not any(p.field.startswith("attention") for p in problems):
             heads: dict[str, Problem] = {}
             # Past one round of both patterns the pairs of attention and position repeat.
-            period = math.lcm(*(len(c.items) for c in (self.attention, self.position) if isinstance(c, Pattern)))
+            period = math.lcm(len(self.attention.each()), len(self.position.each()))
             for layer in range(min(self.n_layers or period, period)):
                 attention, position = self.attention.at(layer), self.position.at(layer)
                 if isinstance(attention, AttentionSpec) and isinstance(position, PositionSpec):
@@ -199,8 +199,7 @@ class ModelSpec(BaseModel):
 
     def _turns(self, head_dim: int) -> bool:
         """Whether attention and position code take heads of this width."""
-        codes = self.position.items if isinstance(self.position, Pattern) else (self.position,)
-        kinds = self.attention.items if isinstance(self.attention, Pattern) else (self.attention,)
+        codes, kinds = self.position.each(), self.attention.each()
         n_heads = self.n_heads or self._kv_heads()
         dims = Dims(d_model=head_dim * n_heads, n_heads=n_heads)
         turned = {a.rotary_dim(dims) for a in kinds if isinstance(a, AttentionSpec) and not a.check(dims)} or {head_dim}
@@ -208,8 +207,7 @@ class ModelSpec(BaseModel):
 
     def _kv_heads(self) -> int:
         """A number that n_heads must divide by."""
-        items = self.attention.items if isinstance(self.attention, Pattern) else (self.attention,)
-        counts = [a.kv_heads for a in items if isinstance(a, AttentionSpec) and a.kv_heads]
+        counts = [a.kv_heads for a in self.attention.each() if isinstance(a, AttentionSpec) and a.kv_heads]
         return math.lcm(*counts)
 
     def __str__(self) -> str:
