@@ -136,6 +136,13 @@ def test_what_was_never_written_is_never_shared() -> None:
     assert manager.allocate([1, 2, 3, 4, 0]).num_cached_tokens == 2
 
 
+def test_unknown_tokens_are_shared_with_forks_only() -> None:
+    manager = BlockManager(8, 2)
+    unknown = held(manager, [UNKNOWN, UNKNOWN])
+    assert manager.allocate([UNKNOWN, UNKNOWN, 5]).num_cached_tokens == 0
+    assert manager.fork(unknown).block_table == unknown.block_table
+
+
 def test_the_last_token_is_left_to_compute() -> None:
     """Its logits are what the whole prompt was fed for."""
     manager = BlockManager(8, 2)

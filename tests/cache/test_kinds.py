@@ -165,7 +165,7 @@ def test_a_state_goes_back_to_where_a_pass_ended() -> None:
         full, cache = model(ids), model.new_cache(checkpoints=2)
         one = model.new_cache()
         model(ids[:, :5], cache=one)
-        for start, stop in ((0, 10), (10, 14), (14, 20)):
+        for start, stop in ((0, 4), (4, 10), (10, 14), (14, 20)):
             model(ids[:, start:stop], cache=cache)
         assert cache.n_bytes == 3 * one.n_bytes
         with pytest.raises(HeadwiseError, match="crop to 10, 14 or to 0"):
@@ -226,12 +226,8 @@ def test_rounded_caches_cost_what_the_formula_says() -> None:
 
 def test_rows_of_unequal_length_step_together() -> None:
     """Prompts one by one, then a token a row for all: each as if it were alone, on every code that stands alone."""
-    for attention, position in (
-        ("softmax(kv_heads=2)", "rope"),
-        ("w2", "none"),
-        ("window(3)", "alibi"),
-        ("mla", "rope"),
-    ):
+    lines = [("softmax(kv_heads=2)", "rope"), ("w2", "none"), ("window(3)", "alibi"), ("mla", "rope")]
+    for attention, position in [*lines, ("softmax(sink=true)", "alibi"), ("strided(3)", "learned")]:
         model = model_of(attention, position=position)
         texts = [tokens(1, n, seed=n) for n in (3, 17, 8)]
         pool = PagedPool(n_layers=2, num_blocks=40, block_size=4)
@@ -347,7 +343,17 @@ def test_segments_and_unequal_rows_exclude_each_other() -> None:
             model(tokens(3, 1), cache=pool.cache(rows))
 
 
-# ---- what a model's cache remembers besides ----
+# ---- a model's cache ----
+
+
+def test_all_layers_are_cropped_or_none() -> None:
+    model = model_of("pattern(softmax, linear)")
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(tokens(1, 9), cache=cache)
+        with pytest.raises(HeadwiseError, match="crop to 0"):
+            cache.crop(3)
+        assert [layer.length for layer in cache.layers] == [9, 9]
 
 
 def test_segments_count_and_are_forked() -> None:
