@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.kernels.attention import naive
-
 
 def attention(
     query: Tensor,
@@ -29,18 +27,26 @@ def attention(
     Returns:
         [B,H,T,D].
     """
-    block_size, outputs = key_cache.shape[1], []
+    (_, H, T, _), (_, block_size, K, _) = query.shape, key_cache.shape
+    outputs = []
     for b, length in enumerate(context_lens.tolist()):
         j = torch.arange(length, device=query.device)
+        i = j[length - T :, None]
         blocks = block_tables[b].long()[j // block_size]
-        k_KSE, v_KSD = (cache[blocks, j % block_size].transpose(0, 1) for cache in (key_cache, value_cache))
-        bias_HTS = None
+        k_HSE, v_HSD = (
+            cache[blocks, j % block_size].transpose(0, 1).repeat_interleave(H // K, 0)
+            for cache in (key_cache, value_cache)
+        )
+        scores_HTS = scale * (query[b] @ k_HSE.transpose(-1, -2))
+        if softcap is not None:
+            scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
         if key_bias is not None:
-            row = key_bias[b if len(key_bias) > 1 else 0, :, :length]
-            bias_HTS = row.repeat_interleave(query.shape[1] // len(row), 0)[:, None]
-        y, _ = naive.attention(
-            query[b : b + 1], k_KSE[None], v_KSD[None], scale=scale, window=window, softcap=softcap, sink_H=sink_H,
-            bias_HTS=bias_HTS,
-        )  # fmt: skip
-        outputs.append(y)
-    return torch.cat(outputs)
+            bias_NS = key_bias[b if len(key_bias) > 1 else 0, :, :length]
+            scores_HTS = scores_HTS + bias_NS.repeat_interleave(H // len(bias_NS), 0)[:, None]
+        seen = (j <= i) if window is None else (j <= i) & (i - j < window)
+        scores_HTS = scores_HTS.masked_fill(~seen, -torch.inf)
+        if sink_H is not None:
+            scores_HTS = torch.cat([scores_HTS, sink_H.to(scores_HTS.dtype)[:, None, None].expand(H, T, 1)], -1)
+        weights_HTS = scores_HTS.softmax(-1)[..., :length]
+        outputs.append(weights_HTS.to(v_HSD.dtype) @ v_HSD)
+    return torch.stack(outputs)
