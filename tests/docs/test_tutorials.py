@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tutorial_blocks import blocks_of, changed
+from warm import Run, start
 
 ROOT = Path(__file__).parents[2]
-DRIVER = Path(__file__).with_name("tutorial_blocks.py")
 PAGES = [*sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "README.md"]
 PAGES += [
     ROOT / "docs/mechanisms/flash.md",
@@ -34,8 +33,14 @@ def test_a_block_is_made_small() -> None:
         changed("hw.train('a', steps=3000)", "steps=300→3", "here")
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with start(tmp_path_factory.mktemp("warm")) as run:
+        yield run
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+def test_the_code_of_a_page_runs(page: Path, warm: Run, tmp_path: Path) -> None:
     blocks = blocks_of(page)
     if page.parent.name == "tutorials":
         assert blocks, "a tutorial has code"
@@ -43,14 +48,12 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(tmp_path / "plugins"),  # where the page's own package is installed
-        "PYTHONWARNINGS": "",
         "HEADWISE_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
-    done = subprocess.run(
-        [sys.executable, str(DRIVER)],
-        input=json.dumps({"blocks": blocks, "page": str(page.relative_to(ROOT))}),
-        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    about = {"blocks": blocks, "page": str(page.relative_to(ROOT))}
+    with (tmp_path / "output").open("wb+") as output:
+        status = warm("blocks", about, output, cwd=tmp_path, environment=environment)
+        output.seek(0)
+        assert status == 0, output.read().decode()[-6000:]

@@ -1,7 +1,7 @@
-"""Runs the blocks of a tutorial in order, Python in one namespace, bash beside it: `tutorial_blocks.py < blocks.json`
+"""Takes a Markdown page apart into blocks, and runs them in order, Python in one namespace, bash beside it.
 
-A block is {"language", "code", "line", "file"}: with a `file` its code is written there instead. Also what takes a
-Markdown page apart into blocks; a comment before a block says how it differs in the tests:
+A block is {"language", "code", "line", "file"}: with a `file` its code is written there instead. A comment before a
+block says how it differs in the tests:
 
     <!-- test: seeds=6→1, steps=300→3 -->    settings, as keywords or flags; training is then made small in all else too
     <!-- test: -e .→--quiet . -->            any other text to exchange; each piece must be there
@@ -12,7 +12,6 @@ Markdown page apart into blocks; a comment before a block says how it differs in
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -75,8 +74,8 @@ def made_small(code: str) -> str:
     return ast.unparse(tree)
 
 
-def run(blocks: list[dict[str, Any]], page: str) -> None:
-    """Run them; the first that fails ends the process with its error."""
+def run(blocks: list[dict[str, Any]], page: str) -> int:
+    """Run them up to the first that fails; the status is 0 if none did."""
     namespace: dict[str, Any] = {"__name__": "tutorial"}
     for block in blocks:
         if block["file"] is not None:
@@ -85,12 +84,9 @@ def run(blocks: list[dict[str, Any]], page: str) -> None:
             padded = "\n" * (block["line"] - 1) + block["code"]  # so that a traceback names the page's line
             exec(compile(padded, page, "exec"), namespace)
         else:
+            sys.stdout.flush()
             done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]])
             if done.returncode:
-                sys.exit(f"{page}:{block['line']}: bash block ended with {done.returncode}")
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, "")
-    about = json.load(sys.stdin)
-    run(about["blocks"], about["page"])
+                print(f"{page}:{block['line']}: bash block ended with {done.returncode}")
+                return 1
+    return 0
