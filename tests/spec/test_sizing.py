@@ -22,8 +22,12 @@ RATIO = (0.75, 1.3)
 
 
 def weights(line: str, size: str) -> int:
-    """Parameters of the layers, which is what the size is about: a vocabulary is not the architecture's."""
-    parts = count(parse(line).resolve(size)).params_by_part
+    """Parameters of the layers, which is what the size is about: a vocabulary is not the architecture's. The experts of
+    a mixture count as one feed-forward."""
+    spec = parse(line).resolve(size)
+    if any(each.kind == "moe" for each in spec.ffn.each()):
+        spec = spec.replace(ffn="swiglu")
+    parts = count(spec).params_by_part
     return parts["attention"] + parts["ffn"] + parts["norm"]
 
 

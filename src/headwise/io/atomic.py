@@ -92,8 +92,8 @@ def atomic_dir(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path` to write into; it becomes `path`, whose folder is made where needed, when the block
-    ends without an exception. Raises WriteError for an OSError, in the block too."""
+    """A temporary file beside `path` to write into; it becomes `path` when the block ends without an exception. The
+    folder is made where needed. Raises WriteError for an OSError, in the block too."""
     target = _real(path)
     with _reported(target):
         if target.is_dir():

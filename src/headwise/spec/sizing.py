@@ -6,7 +6,8 @@ in ratio, with a pull (0.3 of the log-ratio) towards C = 32·L, the shape of sma
 already given stays, and the others follow: where `n_heads` (or else `kv_heads`) is given and 64 does not divide into
 that many even widths, the width is a multiple of 8 times that number instead. Heads are 32 wide below C = 512 and 64
 wide from there, in a number that divides C and that `kv_heads` divides, in widths that the position code can turn. So
-1m is 5 layers of 128, 10m is 8 of 320.
+1m is 5 layers of 128, 10m is 8 of 320. The experts of a mixture count as one feed-forward: a line with them has the
+shape of the same line without, and more parameters.
 """
 
 from __future__ import annotations
