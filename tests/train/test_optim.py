@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +97,33 @@ def test_state_of_another_model_is_refused() -> None:
         restore_optimizer(model, optimizer, {"head.weight/exp_avg": torch.zeros(2)})
     with pytest.raises(FormatError, match=r"shape \(2,\), its parameter \(5, 4\)"):
         restore_optimizer(model, optimizer, {"emb.weight/exp_avg": torch.zeros(2)})
+
+
+def test_steps_are_those_of_torchs_own() -> None:
+    ours, theirs = network(), network()
+    optimizer = make_optimizer(ours, TrainSettings(lr=1e-2, weight_decay=0.1))
+    matrices, vectors = ([p for p in theirs.parameters() if (p.ndim >= 2) is wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=TrainSettings().betas, fused=True)
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        step(theirs, reference, seed)
+    for one, two in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(one, two)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_training_what_is_not_compiled_loads_no_compiler() -> None:
+    """Each process that trains would wait for it; a mixture of experts has a part that can be compiled."""
+    code = (
+        "import sys, torch, headwise as hw\n"
+        "from headwise.train import TrainSettings\n"
+        "from headwise.train.optim import make_optimizer\n"
+        "layer = hw.get_ffn('moe', d_model=8)\n"
+        "optimizer = make_optimizer(layer, TrainSettings())\n"
+        "layer(torch.randn(1, 5, 8)).sum().backward(), optimizer.step(), optimizer.zero_grad()\n"
+        "print({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from inspect import unwrap
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,16 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, without the wrappers that hide an optimiser from its compiler: with them every process that trains would
+    load the compiler, which takes as long as loading torch."""
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
     """AdamW over the model's trainable parameters; each group carries `factor`, which the loop multiplies `lr` by."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     factors, veins = lr_factors(named, settings.lr_multipliers), vein_factors(model, settings)
@@ -55,7 +65,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
     for name, parameter in named.items():
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
         groups[decay, factors[name] * veins.get(name, 1.0)].append(parameter)
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": parameters, "weight_decay": decay, "factor": factor}
             for (decay, factor), parameters in groups.items()
