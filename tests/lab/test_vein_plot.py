@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from made_results import make_inputs
 
 from headwise.lab.folder import read_record
 from headwise.lab.report import plots, report_html
+from headwise.lab.report.svg import NARROW, WIDE
 from headwise.lab.result import CompareResult, Series
 from headwise.lab.summary import MAX_CURVE_POINTS, summarise
 from headwise.train.folder import RunFolder
@@ -16,13 +18,13 @@ from headwise.train.folder import RunFolder
 LINES = ["llama", "llama(ffn=vft(rank=16))", "llama(ffn=vft(rank=4))"]
 
 
-def with_veins() -> CompareResult:
-    """Three lines, the last two with a vein in each of two layers, whose ε falls from 0.9 to 0.1 + layer/10."""
+def with_veins(apart: float = 0.1) -> CompareResult:
+    """Three lines, the last two with a vein in each of two layers, whose ε falls from 0.9 to 0.1 + layer · apart."""
     variants, runs, setup, rounds = make_inputs(LINES, n_seeds=3, failures=False)
     steps = list(range(1, 301))
     for run in runs:
         for layer in (0, 1) if run.variant else ():
-            end = 0.1 + layer / 10 + run.seed / 100
+            end = 0.1 + layer * apart + run.seed / 100
             values = [0.9 + (end - 0.9) * step / 300 for step in steps]
             run.eps[f"stack.blocks.{layer}.ffn"] = Series(step=steps, loss=values)
     return summarise(variants, runs, setup, rounds)
@@ -38,6 +40,18 @@ def test_the_plot_says_where_every_layer_ends() -> None:
     page = report_html(result)
     assert "What the veins lose" in page
     assert plot.wide in page
+
+
+def test_names_of_layers_that_end_together_stand_one_above_the_other() -> None:
+    """Beside the plotted area, in the order of the curves."""
+    plot = plots.eps_plot(with_veins(apart=1e-4))
+    assert plot is not None
+    for picture, width in ((plot.wide, WIDE), (plot.narrow, NARROW)):
+        names = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>layer (\d)<', picture)
+        assert [layer for *_, layer in names] == ["0", "1"] * 2
+        for (x, low, _), (_, high, _) in zip(names[::2], names[1::2]):
+            assert float(low) - float(high) >= 12
+            assert float(x) + 42 <= width
 
 
 def test_without_veins_there_is_no_plot() -> None:

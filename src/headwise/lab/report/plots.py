@@ -106,12 +106,16 @@ def eps_plot(result: CompareResult) -> Plot | None:
             panels.append((i, variant.label, bands))
     if not panels:
         return None
+    means = [mean for *_, bands in panels for _, (_, mean, _) in bands]
+    low, high = min(mean.min() for mean in means), max(mean.max() for mean in means)
+    room = 0.06 * (high - low or 1.0)
 
     def draw(width: int) -> Figure:
         side_by_side = min(2, len(panels)) if width == WIDE else 1
         rows = -(-len(panels) // side_by_side)
         figure, all_axes = new_figure(width, 260 * rows, len(panels), side_by_side)
         for axes, (i, label, bands) in zip(all_axes, panels):
+            axes.set_ylim(low - room, high + room)  # of all, so that panels can be compared
             _veins(axes, i, bands)
             axes.set_title(label, pad=10, family="monospace", fontsize=11)
             axes.set_xlabel("step")
@@ -234,16 +238,19 @@ def _curves(axes: Axes, curves: Sequence[tuple[int, tuple[np.ndarray, np.ndarray
 
 
 def _veins(axes: Axes, variant: int, bands: Sequence[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]) -> None:
-    """One line a layer in the variant's colour, darker with depth; the first and the last are named."""
-    for depth, (name, (steps, mean, _)) in enumerate(bands):
-        shade = 1.0 if len(bands) == 1 else 0.35 + 0.65 * depth / (len(bands) - 1)
-        axes.plot(steps, mean, color=colour_at(variant), alpha=shade, lw=1.8)
-        if depth in (0, len(bands) - 1):
-            beside = (steps[-1], float(mean[-1]))
-            axes.annotate(_layer(name), beside, (-4, 5), textcoords="offset points", ha="right", bbox=ERASER)
-    axes.set_ylim(bottom=0)
+    """One line a layer in the variant's colour, stronger with depth; the first and the last are named at their ends."""
+    for depth, (_, (steps, mean, _)) in enumerate(bands):
+        strength = 1.0 if len(bands) == 1 else 0.5 + 0.5 * depth / (len(bands) - 1)
+        axes.plot(steps, mean, color=colour_at(variant), alpha=strength, lw=1.8)
     axes.grid(axis="y")
     axes.margins(x=0.01)
+    named = bands if len(bands) == 1 else [bands[0], bands[-1]]
+    ends = sorted((float(mean[-1]), steps[-1], _layer(name)) for name, (steps, mean, _) in named)
+    # Two names stand a line of text apart where their curves end closer; the panel is about 185 pixels high.
+    low, high = axes.get_ylim()
+    apart = max(0.0, 14 - 185 * (ends[-1][0] - ends[0][0]) / (high - low)) / 2 if len(ends) > 1 else 0.0
+    for (end, step, name), shift in zip(ends, (-apart, apart)):
+        axes.annotate(name, (step, end), (5, shift), textcoords="offset points", va="center")
 
 
 def _layer(name: str) -> str:
