@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-# torch._dynamo is what an optimiser loads when it is made.
-LOADED = ("torch._dynamo", "headwise.cli.compare", "headwise.cli.generate", "headwise.cli.train")
+LOADED = ("headwise.cli.compare", "headwise.cli.generate", "headwise.cli.train")
 # -I and -S: it needs nothing but the standard library, and starts in a hundredth of a second.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
