@@ -40,8 +40,9 @@ def check(folder: str) -> dict[str, Any]:
     loss = torch.nn.functional.cross_entropy(held["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return {
         "type": type(model).__name__,
-        "logits": torch.equal(out.logits, held["logits"]),
-        "loss": torch.equal(out.loss, loss),
+        # A mapped file may lie otherwise in memory than the model did, which can change last bits of a product.
+        "logits": torch.allclose(out.logits, held["logits"], atol=1e-5, rtol=1e-5),
+        "loss": torch.allclose(out.loss, loss, atol=1e-5),
         "uncached": torch.equal(plain, model.generate(ids, use_cache=False, **options)),
         "padded": torch.equal(plain, model.generate(padded, attention_mask=mask, **options)[:, 3:]),
         "greedy": torch.equal(plain, held["greedy"]),

@@ -51,7 +51,7 @@ def save_case(line: str, folder: Path) -> None:
 
 
 def test_a_line_runs_in_transformers_without_headwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and loss to the bit, greedy decoding with and without cache and with padding, beams; a mechanism from a
+    """The same logits and loss, greedy decoding with and without cache and with padding, beams; a mechanism from a
     user's own file comes along. lm-eval takes the last of the folders with its tokenizer."""
     own = tmp_path / "my_mechanisms.py"
     own.write_text(OWN_MECHANISM, encoding="utf-8")

@@ -36,6 +36,11 @@ from headwise.position import Encoding
 from headwise.registry import register_attention
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    """e^min(x, 0) + max(x, 0). torch's own ELU promises compilers another layout of its gradient than it makes."""
+    return x.clamp(max=0).exp() + F.relu(x) if torch.compiler.is_compiling() else F.elu(x).add_(1)
+
+
 def taylor(x: Tensor) -> Tensor:
     """[…,E] → […,1+E+E(E+1)/2] with taylor(q)·taylor(k) = 1 + s + s²/2, s = q·k/√E."""
     E = x.shape[-1]
@@ -49,7 +54,7 @@ def taylor(x: Tensor) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x).add_(1),
+    "elu": elu_plus_one,
     "relu": lambda x: F.relu(x) + 1e-3,
     "softmax": lambda x: x.softmax(-1),
     "taylor": taylor,

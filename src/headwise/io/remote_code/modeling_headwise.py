@@ -108,7 +108,7 @@ class HeadwiseCache(Cache):
 
 
 class HeadwiseForCausalLM(PreTrainedModel, GenerationMixin):
-    """`model`: the module that Headwise builds from the line; logits are its own, to the bit."""
+    """`model`: the module that Headwise builds from the line."""
 
     config_class = HeadwiseConfig
     base_model_prefix = "model"
