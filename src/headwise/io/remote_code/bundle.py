@@ -16,7 +16,7 @@ from pathlib import Path
 
 import headwise
 from headwise.errors import FormatError
-from headwise.registry import ATTENTION, FFN, NORM, POSITION, ComponentSpec, Pattern, Registry
+from headwise.registry import ATTENTION, FFN, NORM, POSITION, ComponentSpec, Registry
 from headwise.spec import ModelSpec
 
 PACKAGE = "headwise"
@@ -78,7 +78,7 @@ def _classes(spec: ModelSpec) -> Iterator[type]:
     if spec.architecture == "encoder_decoder":
         pairs.append((ATTENTION, spec.cross_attention))
     for registry, component in pairs:
-        for item in component.items if isinstance(component, Pattern) else (component,):
+        for item in component.each():
             entry = registry.get(item.kind)
             yield entry.spec
             yield entry.module
