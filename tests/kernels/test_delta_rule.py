@@ -120,7 +120,7 @@ def test_chunks_compile_to_one_graph(decay: str) -> None:
     xs = inputs(1, 2, 1, 40)
     shared = {"log_decay": log_decays(decay, 1, 1, 40), "resets_BT": random_resets(1, 40), "chunk": 16}
     torch._dynamo.reset()
-    compiled = torch.compile(chunked.chunked, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(chunked.chunked, backend="aot_eager_default_partitioner", fullgraph=True)
     assert_same(compiled(*xs, **shared), chunked.chunked(*xs, **shared), xs)
 
 
