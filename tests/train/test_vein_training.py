@@ -113,9 +113,7 @@ def test_compiled_runs_follow_the_same_phases(dataset: Dataset, monkeypatch: pyt
     line = VEIN.replace("n_layers=2", "n_layers=1")
     plain = run(dataset, line, **changes)
     compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_(f, backend="aot_eager_default_partitioner", **options)
-    )
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
     torch._dynamo.reset()
     compiled = run(dataset, line, compile=True, **changes)
     for one, two in zip(plain.history, compiled.history, strict=True):
