@@ -39,9 +39,9 @@ FLOORS = {
     "generate": 7,
     "distill": 8,
     "serve": 8,
-    "lab": 8,
-    "cli": 9,
-    "__main__": 10,
+    "lab": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 FAMILIES = ("attention", "position", "norm", "ffn")
 # On one floor only these may be imported across: what a family offers the others, the shared projector, the

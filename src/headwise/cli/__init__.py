@@ -1,4 +1,4 @@
-"""Floor 9: the command line. One file a command, loaded when it is called, so that `headwise --help` is instant.
+"""Floor 10: the command line. One file a command, loaded when it is called, so that `headwise --help` is instant.
 
 No code stands here: files named `list` and `eval` become names of this package, in place of Python's own.
 """
