@@ -12,12 +12,12 @@ from __future__ import annotations
 import fcntl
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from headwise.train.settings import TrainSettings
 if TYPE_CHECKING:
     from headwise.train.job import Job
 
+S = TypeVar("S", bound=TrainSettings)
 VERSION = 1
 _PATIENCE = 30  # tenths of a second
 
@@ -74,8 +75,8 @@ class RunFolder:
             f"go on with `headwise resume {self.root}`, or choose another --out"
         )
 
-    def create(self, line: str, job: Job) -> None:
-        """Write run.json and the tokenizer, both or neither."""
+    def create(self, line: str, job: Job, **more: Any) -> None:
+        """Write run.json, with `more` in it, and the tokenizer, both or neither."""
         spec, dataset = job.spec, job.dataset
         self.check_free()  # once more: since the run's first look the data were loaded, which may take minutes
         with atomic_dir(self.root) as folder:
@@ -96,6 +97,7 @@ class RunFolder:
                         "val_tokens": len(dataset.val),
                     },
                     "environment": environment(job.device),
+                    **more,
                 },
             )
 
@@ -130,10 +132,23 @@ class RunFolder:
             raise FormatError(f"{self.run_json} is damaged: {', '.join(bad)} missing or of the wrong kind")
         return about
 
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the run was made by `headwise distill`, which alone can go on with it."""
+        return self.run_json.exists() and "teachers" in self.read()
+
     def settings(self) -> TrainSettings:
-        """The run's settings, `out` being where the folder lies now."""
+        """The run's settings, `out` being where the folder lies now; of a distillation, those it shares with training.
+
+        Raises `FormatError` where run.json holds none that are valid.
+        """
+        return self.settings_as(TrainSettings, TrainSettings.model_fields if self.is_distilled else None)
+
+    def settings_as(self, kind: type[S], names: Collection[str] | None = None) -> S:
+        """The run's settings as those of `kind`, all of them or those of these names. Raises as `settings`."""
+        held = self.read()["settings"]
         try:
-            return TrainSettings(**self.read()["settings"], out=self.root)
+            return kind(**{name: held[name] for name in held if names is None or name in names}, out=self.root)
         except SettingsError as error:
             raise FormatError(f"{self.run_json}: settings: {error}") from None
 

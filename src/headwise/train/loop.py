@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from headwise.data import Dataset
 
+R = TypeVar("R", bound="TrainResult")
 OnProgress = Callable[[dict[str, Any]], None]
 Warn = Callable[[str], None]
 
@@ -95,10 +96,10 @@ def train(
         if settings.init_from is not None:  # here alone: who resumes has the weights of a checkpoint
             trainer.model.load_state_dict(load(settings.init_from, dtype=torch.float32).state_dict())
         if folder is None:
-            return _Run(trainer, str(spec), None).finish(on_progress, progress)
+            return Run(trainer, str(spec), None, summary=TrainResult).finish(on_progress, progress)
         folder.create(str(spec), job)
         with folder.claimed():
-            return _Run(trainer, str(spec), folder).finish(on_progress, progress)
+            return Run(trainer, str(spec), folder, summary=TrainResult).finish(on_progress, progress)
 
 
 def resume(
@@ -117,6 +118,8 @@ def resume(
     """
     folder = RunFolder(Path(out))
     about, settings = folder.read(), folder.settings()
+    if folder.is_distilled:
+        raise SettingsError(f"{out} was made by `headwise distill run`; go on with `headwise resume {out}`")
     job = prepare(about["resolved_line"], settings.model_copy(update={"init_from": None}), dataset)
     job = replace(job, settings=settings)
     if job.dataset.fingerprint != about["data"].get("fingerprint"):
@@ -127,7 +130,8 @@ def resume(
         )
     with torch_state(settings, job.device), folder.claimed():
         checkpoint = load_newest(folder.checkpoints, warn)
-        return _Run(Trainer(job), about["line"], folder, checkpoint).finish(on_progress, progress)
+        run = Run(Trainer(job), about["line"], folder, checkpoint, summary=TrainResult)
+        return run.finish(on_progress, progress)
 
 
 def train_or_resume(
@@ -159,13 +163,19 @@ def _merged(settings: TrainSettings | None, changes: Mapping[str, Any]) -> Train
     return pinned(TrainSettings(**{**given, **changes}))
 
 
-class _Run:
-    """A trainer with its folder and trackers."""
+class Run(Generic[R]):
+    """A trainer with its folder and trackers; `summary` makes the result of `TrainResult`'s fields."""
 
     def __init__(
-        self, trainer: Trainer, line: str, folder: RunFolder | None, checkpoint: Checkpoint | None = None
+        self,
+        trainer: Trainer,
+        line: str,
+        folder: RunFolder | None,
+        checkpoint: Checkpoint | None = None,
+        *,
+        summary: Callable[..., R],
     ) -> None:
-        self.trainer, self.line, self.folder = trainer, line, folder
+        self.trainer, self.line, self.folder, self.summary = trainer, line, folder, summary
         self.settings = trainer.job.settings
         self.saved_step: int | None = None
         self.history: list[dict[str, Any]] = []
@@ -177,7 +187,7 @@ class _Run:
             self.jsonl = JsonlTracker(folder.metrics, checkpoint.state["metrics_bytes"] if checkpoint else 0)
             self.history = read_metrics(folder.metrics)
 
-    def finish(self, on_progress: OnProgress | None, progress: bool | None) -> TrainResult:
+    def finish(self, on_progress: OnProgress | None, progress: bool | None) -> R:
         """Train to the last step, and sum up."""
         from headwise.train.progress import ProgressTracker, wanted
 
@@ -243,12 +253,12 @@ class _Run:
             return "nothing is saved without out; with one, the run could go on"
         return f"saved; go on with `headwise resume {self.folder.root}`"
 
-    def _result(self) -> TrainResult:
+    def _result(self) -> R:
         trainer, at = self.trainer, self.trainer.at
         trainer.model.eval()
         assert at.val_nats is not None  # the last step evaluates
         tokens = at.step * trainer.tokens_per_step
-        result = TrainResult(
+        result = self.summary(
             val_loss=at.val_nats,
             bits_per_byte=at.val_bits,
             train_loss=at.last_loss,

@@ -76,7 +76,7 @@ class TensorBoardTracker:
 
     def record(self, values: Record) -> None:
         for name, value in values.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, values["step"])
 
     def close(self) -> None:

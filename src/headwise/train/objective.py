@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -42,15 +42,15 @@ class Example:
         """How many targets count."""
         return int((self.targets_BT != IGNORED).sum())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Example:
-        tensors = {name: getattr(self, name) for name in self.__slots__}
-        return Example(**{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
-    def to(self, device: torch.device) -> Example:
+    def to(self, device: torch.device) -> Self:
         """The same on another device (itself where it is there already)."""
         return self if self.ids_BT.device == device else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def split(self, parts: int) -> list[Example]:
+    def split(self, parts: int) -> list[Self]:
         """The rows in `parts` equal pieces, for accumulation."""
         if parts == 1:
             return [self]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,9 +20,16 @@ from headwise.train.schedules import make_schedule
 from headwise.train.vein import VeinSchedule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from headwise.data import Batch
     from headwise.io.checkpoint import Checkpoint
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int) -> Batch: ...
 
 
 @dataclass
@@ -42,30 +49,49 @@ class Progress:
 
 
 class Trainer:
-    """A model with everything that changes while it trains."""
+    """A model with everything that changes while it trains.
+
+    `trained` is all that learns: the model, here nothing beside it. Training that reads other batches, trains more than
+    the model or minimises more than its loss overrides `make_trained`, `make_batches` and `part_loss`.
+    """
 
     def __init__(self, job: Job) -> None:
-        from headwise.data import Batches
-
         settings = job.settings
         self.job = job
         self.model = build(job.spec, seed=settings.seed, device=job.device)
         if settings.activation_checkpointing:
             self.model.activation_checkpointing = True
         self.model.train()
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.model, settings)
+        self.trained = self.make_trained()
+        self.parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.trained, settings)
         self.schedule = make_schedule(settings)
         self.veins = VeinSchedule(self.model, settings)
         self.objective = make_objective(job.spec, settings.seed)
-        self.batches = Batches(
-            job.dataset.train, settings.batch_size * settings.accumulate, settings.seq_len, settings.seed
-        )
+        self.batches = self.make_batches()
         # float16's narrow exponent needs its gradients scaled; for other types the scaler does nothing at all.
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=settings.dtype == "float16")
         self.training_loss = torch.compile(training_loss, dynamic=False) if settings.compile else training_loss
         self.at = Progress()
         self.last_lr, self.last_norm = 0.0, 0.0
+
+    def make_trained(self) -> nn.Module:
+        """All that learns."""
+        return self.model
+
+    def make_batches(self) -> Source:
+        """What gives the batch of each step, as a pure function of it."""
+        from headwise.data import Batches
+
+        job, settings = self.job, self.job.settings
+        return Batches(job.dataset.train, settings.batch_size * settings.accumulate, settings.seq_len, settings.seed)
+
+    def part_loss(self, part: Example, count: int, n_parts: int) -> tuple[Tensor, Tensor]:
+        """(the loss to report, the one to differentiate), 0-d, of one forward pass of `n_parts`: the share of the mean
+        over the step's `count` targets, and with it what the model's mechanisms add."""
+        loss, aux = self.training_loss(self.model, part)
+        loss = loss / count
+        return loss.detach(), loss if aux is None else loss + aux / n_parts
 
     def update(self) -> None:
         """One step: gradients of `accumulate` forward passes, checked, clipped and applied.
@@ -82,11 +108,8 @@ class Trainer:
         total = torch.zeros((), device=self.job.device)
         for part in parts:
             with autocast(self.job.device, settings.dtype):
-                loss, aux = self.training_loss(self.model, part)
-                loss = loss / count
-            total += loss.detach()
-            if aux is not None:
-                loss = loss + aux / len(parts)
+                reported, loss = self.part_loss(part, count, len(parts))
+                total += reported
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -114,13 +137,17 @@ class Trainer:
     def _not_finite(self, loss: float, norm: float, parts: list[Example]) -> TrainingError:
         def forward() -> Tensor:
             with autocast(self.job.device, self.job.settings.dtype):
-                return torch.stack([loss_sum(self.model, part) for part in parts])
+                return torch.stack([self.checked_loss(part) for part in parts])
 
-        where = find_culprit(self.model, forward)
+        where = find_culprit(self.trained, forward)
         return TrainingError(
             f"step {self.at.step + 1}: the loss is {loss:g}, the norm of the gradients {norm:g}; {where}. "
             f"Stopped before the update; a lower lr, a longer warmup or clip may help"
         )
+
+    def checked_loss(self, part: Example) -> Tensor:
+        """A loss (0-d) that runs everything which may have gone wrong in a step."""
+        return loss_sum(self.model, part)
 
     def evaluate(self) -> EvalResult:
         """The loss over the whole validation split, remembered with its step."""
@@ -163,7 +190,7 @@ class Trainer:
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's tensors, and the run's others: the optimiser's, and torch's random states as bytes."""
-        others = optimizer_tensors(self.model, self.optimizer)
+        others = optimizer_tensors(self.trained, self.optimizer)
         others["rng/cpu"] = torch.get_rng_state()
         if self.job.device.type == "cuda":
             others["rng/cuda"] = torch.cuda.get_rng_state(self.job.device)
@@ -181,7 +208,7 @@ class Trainer:
         cuda_state = others.pop("rng/cuda", None)
         if cuda_state is not None and self.job.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_state, self.job.device)
-        restore_optimizer(self.model, self.optimizer, others)
+        restore_optimizer(self.trained, self.optimizer, others)
         self.at = Progress(**checkpoint.state["progress"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint.state["scaler"])
