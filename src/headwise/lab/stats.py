@@ -111,6 +111,20 @@ def assess(
     its pair is dropped. `margin` is relative to the baseline's mean loss. Raises SettingsError for rows of different
     lengths or settings out of range.
     """
+    return assess_pairs([(baseline, losses) for losses in variants], margin=margin, alpha=alpha, power=power)
+
+
+def assess_pairs(
+    pairs: Sequence[tuple[Sequence[float | None], Sequence[float | None]]],
+    *,
+    margin: float = 0.005,
+    alpha: float = 0.05,
+    power: float = POWER,
+) -> list[Comparison]:
+    """As `assess`, each variant against a baseline of its own: pairs (baseline, variant) of one loss a seed.
+
+    All pairs are one family of tests: Holm's correction is over all of them. Raises what `assess` raises.
+    """
     if not 0 < alpha < 0.5:
         raise SettingsError(f"alpha = {alpha}: the error rate must lie between 0 and 0.5 (0.05 is usual)")
     if not 0 < power < 1:
@@ -119,22 +133,20 @@ def assess(
         raise SettingsError(
             f"margin = {margin}: give the largest relative difference that does not matter, such as 0.005"
         )
-    base = _as_floats(baseline)
-    mean_base = mean_ci(list(base)).mean
-    margin_nats = 0.0 if mean_base is None else margin * abs(mean_base)
-
-    first_pass = []
-    for losses in variants:
-        row = _as_floats(losses)
+    first_pass, margins = [], []
+    for baseline, losses in pairs:
+        base, row = _as_floats(baseline), _as_floats(losses)
         if row.shape != base.shape:
             raise SettingsError(f"a variant has {len(row)} losses, the baseline {len(base)}; give one a seed to both")
-        first_pass.append(_paired(base, row, margin_nats, mean_base))
+        mean_base = mean_ci(list(base)).mean
+        margins.append(0.0 if mean_base is None else margin * abs(mean_base))
+        first_pass.append(_paired(base, row, margins[-1], mean_base))
     strict = alpha / max(1, len(first_pass))
     p_holm = holm([c.p for c in first_pass])
     p_equivalent = holm([c.p_equivalent for c in first_pass])
     return [
         _decide(replace(c, p_holm=ph, p_equivalent=pe), margin_nats, alpha, strict, power)
-        for c, ph, pe in zip(first_pass, p_holm, p_equivalent, strict=True)
+        for c, margin_nats, ph, pe in zip(first_pass, margins, p_holm, p_equivalent, strict=True)
     ]
 
 

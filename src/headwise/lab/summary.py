@@ -64,11 +64,11 @@ def summarise(
             VariantResult(
                 **dict(info),
                 label=labels[v],
-                val_loss=_summary(losses[v]),
-                bits_per_byte=_summary(
+                val_loss=loss_of(losses[v]),
+                bits_per_byte=loss_of(
                     [r.bits_per_byte if r is not None and _loss(r) is not None else None for r in records]
                 ),
-                diff=_diff(comparisons[v - 1]) if v else None,
+                diff=diff_of(comparisons[v - 1]) if v else None,
                 train_tokens_per_s=_median(rounds[v].train_tokens_per_s),
                 decode_tokens_per_s=_median(rounds[v].decode_tokens_per_s),
                 peak_memory_bytes=_median(rounds[v].peak_memory_bytes),
@@ -141,7 +141,7 @@ def _loss(record: RunRecord | None) -> float | None:
     return None if record is None or record.error is not None else _finite(record.val_loss)
 
 
-def _summary(values: Sequence[float | None]) -> Loss:
+def loss_of(values: Sequence[float | None]) -> Loss:
     clean = [_finite(v) for v in values]
     mean = stats.mean_ci(clean)
     return Loss(mean=mean.mean, ci95=mean.ci95, per_seed=clean)
@@ -160,7 +160,7 @@ def _ratios(variant: Measurements, baseline: Measurements) -> Ratios:
     return Ratios(train=one("train_tokens_per_s"), decode=one("decode_tokens_per_s"), memory=one("peak_memory_bytes"))
 
 
-def _diff(c: stats.Comparison) -> Diff:
+def diff_of(c: stats.Comparison) -> Diff:
     return Diff(
         n=c.n,
         mean=c.mean,
