@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.data import IGNORE, Batch, Batches, Tokens, eval_batches
-from headwise.data.batches import _keys, shuffled
+from headwise.data.batches import epoch_keys, shuffled
 from headwise.errors import DataError, SettingsError
 
 
@@ -30,12 +30,12 @@ def targets_of(batches: list[Batch]) -> Counter[int]:
 
 @given(n=st.integers(1, 3000), seed=st.integers(), epoch=st.integers(0, 5))
 def test_shuffled_is_a_bijection(n: int, seed: int, epoch: int) -> None:
-    assert sorted(shuffled(np.arange(n), n, _keys(seed, epoch)).tolist()) == list(range(n))
+    assert sorted(shuffled(np.arange(n), n, epoch_keys(seed, epoch)).tolist()) == list(range(n))
 
 
 def test_shuffled_works_far_beyond_memory() -> None:
     n = 10**15 + 7
-    values = shuffled(np.arange(n - 1000, n), n, _keys(0, 0))
+    values = shuffled(np.arange(n - 1000, n), n, epoch_keys(0, 0))
     assert len(np.unique(values)) == 1000
     assert values.min() >= 0
     assert values.max() < n
@@ -47,7 +47,7 @@ def test_shuffled_looks_random() -> None:
     """No trend and no memory: place and value, and neighbours' values, are uncorrelated (|r| < 4/√n, odds 1e-4 each;
     the seeds are fixed, so it is no matter of luck), and other seeds and epochs give other orders."""
     n = 10_000
-    orders = [shuffled(np.arange(n), n, _keys(seed, epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [shuffled(np.arange(n), n, epoch_keys(seed, epoch)) for seed in range(3) for epoch in range(3)]
     for i, order in enumerate(orders):
         assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.04
         assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.04

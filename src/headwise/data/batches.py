@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +33,26 @@ class Batch:
     """`ids`, `targets`: int64 [B, T]; targets[b, t] is the token after ids[b, t], −100 where none is to be predicted.
 
     `segments`: int64 [B, T], the number of each token's document within its row; None if the split is one document.
+
+    Of batches of examples (`data.examples`) alone:
+
+    `parts`, `target_parts`: int64 [B, T], the part (prompt, answer, …) of the token in `ids` and of the one to be
+    predicted, as its place in the split's `part_names`; −1 at padding.
+    `rows`: int64 [B], the numbers of the windows.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     segments: torch.Tensor | None = None
+    parts: torch.Tensor | None = None
+    target_parts: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        ids = self.ids.to(device, non_blocking=non_blocking)
-        targets = self.targets.to(device, non_blocking=non_blocking)
-        segments = None if self.segments is None else self.segments.to(device, non_blocking=non_blocking)
-        return Batch(ids, targets, segments)
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        there = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if t is not None}
+        return Batch(**there)
 
 
 class Batches:
@@ -69,7 +77,7 @@ class Batches:
         epochs = numbers // self.windows_per_epoch
         starts = np.empty_like(numbers)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            keys = _keys(self.seed, epoch)
+            keys = epoch_keys(self.seed, epoch)
             here = epochs == epoch
             windows = shuffled(numbers[here] % self.windows_per_epoch, self.windows_per_epoch, keys)
             starts[here] = int(keys[_ROUNDS]) % (self._slack + 1) + windows * self.seq_len
@@ -117,7 +125,7 @@ def shuffled(numbers: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> ND
     return values.astype(np.int64)
 
 
-def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+def epoch_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     """Eight independent 64-bit keys: one a round, one for the offset."""
     digest = hashlib.blake2b(f"headwise batches {seed} {epoch}".encode(), digest_size=64).digest()
     return np.frombuffer(digest, dtype="<u8")

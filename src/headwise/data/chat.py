@@ -22,7 +22,7 @@ from jinja2.utils import Namespace
 from headwise.errors import DataError, FormatError, SettingsError, short
 
 # Names that a message's reasoning goes by; most templates read the first, gpt-oss's the second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _EXAMPLE = "{'role': 'user', 'content': 'Hello'}"
 
 
@@ -80,7 +80,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
         raise SettingsError(f"messages: number {number} is {short(message)}; wanted is a mapping such as {_EXAMPLE}")
     plain = _plain(message)
-    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
+    reasoning = next((plain[name] for name in REASONING if plain.get(name) is not None), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headwise.errors import DataError, SettingsError, nearest
 
@@ -75,12 +76,19 @@ def open_source(data: str | Path, text_column: str = "text") -> Source:
         return _embedded()
     if str(data).startswith("hf:"):
         return _hugging_face(str(data).removeprefix("hf:"), text_column)
+    files = files_of(data)
+    parts = {part: _reader(paths, text_column) for part, paths in files.items()}
+    return Source(name_of(data), _fingerprint(files, text_column), parts)
+
+
+def files_of(data: str | Path) -> dict[str, list[Path]]:
+    """The files that `data` names, under "train" and "val" or under "all" (see `open_source`). Raises DataError."""
     path = Path(data).expanduser()
     with readable(path):
         if path.is_file():
-            files = {"all": [path]}
+            return {"all": [path]}
         elif path.is_dir():
-            files = _folder(path)
+            return _folder(path)
         elif path.exists():
             raise DataError(f"{str(path)!r} is neither a file nor a folder")
         else:
@@ -90,8 +98,11 @@ def open_source(data: str | Path, text_column: str = "text") -> Source:
                 f"no file or folder {str(path)!r}{hint}; give {EMBEDDED!r}, a text, .jsonl or .parquet file, "
                 "a folder of them, or 'hf:owner/name'"
             )
-    parts = {part: _reader(paths, text_column) for part, paths in files.items()}
-    return Source(path.resolve().stem or "text", _fingerprint(files, text_column), parts)
+
+
+def name_of(data: str | Path) -> str:
+    """What a file or folder is called in reports."""
+    return Path(data).expanduser().resolve().stem or "text"
 
 
 def split(source: Source, val_fraction: float = 0.1) -> Corpus:
@@ -110,7 +121,7 @@ def split(source: Source, val_fraction: float = 0.1) -> Corpus:
         return Corpus(source.name, counts, lambda: ((p, text) for p, read in source.parts.items() for text in read()))
 
     read = source.parts["all"]
-    ranks = np.fromiter((_rank(text) for text in read()), dtype=np.uint64)
+    ranks = np.fromiter((rank(text) for text in read()), dtype=np.uint64)
     if not len(ranks):
         raise DataError(f"{source.name!r} holds no documents with text")
     if len(ranks) == 1:
@@ -123,16 +134,22 @@ def split(source: Source, val_fraction: float = 0.1) -> Corpus:
 
         return Corpus(source.name, {"train": 1, "val": 1}, halves)
 
+    limit = rank_limit(ranks, val_fraction, source.name)
+    counts = {"train": int((ranks >= limit).sum()), "val": int((ranks < limit).sum())}
+    return Corpus(source.name, counts, lambda: (("val" if rank(t) < limit else "train", t) for t in read()))
+
+
+def rank_limit(ranks: NDArray[np.uint64], val_fraction: float, name: str) -> int:
+    """Documents of a lower rank validate. Raises DataError where all are the same."""
     distinct = np.unique(ranks)
     if len(distinct) == 1:
-        raise DataError(f"all {len(ranks)} documents of {source.name!r} are the same: there is nothing to validate on")
+        raise DataError(f"all {len(ranks)} documents of {name!r} are the same: there is nothing to validate on")
     n_val = min(max(round(val_fraction * len(distinct)), 1), len(distinct) - 1)
-    limit = int(distinct[n_val])
-    counts = {"train": int((ranks >= limit).sum()), "val": int((ranks < limit).sum())}
-    return Corpus(source.name, counts, lambda: (("val" if _rank(t) < limit else "train", t) for t in read()))
+    return int(distinct[n_val])
 
 
-def _rank(text: str) -> int:
+def rank(text: str) -> int:
+    """A document's place in the order by which documents are held out: a keyed hash of its text, 64 bits."""
     digest = hashlib.blake2b(utf8(text), digest_size=8, key=b"headwise validation split")
     return int.from_bytes(digest.digest(), "little")
 
@@ -247,6 +264,14 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
+    for where, row in json_rows(path):
+        if text_column not in row:
+            raise _missing_column(where, text_column, list(row))
+        yield from _text_of(row[text_column], where, text_column)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON lines, each with words for where it stands. Raises DataError."""
     offset = n_lines = 0
     with readable(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -264,9 +289,7 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
                 raise DataError(f"{where} is not read: its brackets are nested too deeply") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where} is not a JSON object but {type(row).__name__}; give one object a line")
-            if text_column not in row:
-                raise _missing_column(where, text_column, list(row))
-            yield from _text_of(row[text_column], where, text_column)
+            yield where, row
     if not n_lines:
         raise DataError(f"{str(path)!r} is empty")
 

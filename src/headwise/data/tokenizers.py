@@ -71,6 +71,11 @@ class Tokenizer(ABC):
         (Hugging Face tokenizers only). Raises DataError for text that this tokenizer cannot represent."""
 
     @abstractmethod
+    def encode_places(self, text: str, *, special: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids as `encode` gives them, and for each the characters of `text` that it stands for: int64 [n], [n, 2]
+        (from, to). Tokens that share a character, as its bytes do, share its place."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of `ids`, special tokens left out. Raises DataError for an id outside the vocabulary."""
 
@@ -124,6 +129,9 @@ class CharTokenizer(Tokenizer):
             )
         return ids.astype(np.int64)
 
+    def encode_places(self, text: str, *, special: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.encode(text), np.arange(len(text))[:, None] + np.arange(2)
+
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         return "".join(self._table[i] for i in self._checked(ids).tolist())
 
@@ -145,6 +153,11 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str, *, special: bool = False) -> NDArray[np.int64]:
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
+
+    def encode_places(self, text: str, *, special: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ids = self.encode(text)
+        place = np.cumsum((ids & 0xC0) != 0x80) - 1  # every byte but those that go on with a character begins one
+        return ids, place[:, None] + np.arange(2)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         values = self._checked(ids)
@@ -232,6 +245,16 @@ class RustBackedTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exceptions, for words it has no id for
             raise DataError(f"this {self.kind} tokenizer cannot encode the text: {error}") from error
         return np.array([i for encoding in encodings for i in encoding.ids], dtype=np.int64)
+
+    def encode_places(self, text: str, *, special: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        utf8(text)
+        self._rust.encode_special_tokens = not special
+        try:
+            encoding = self._rust.encode(text, add_special_tokens=False)
+        except Exception as error:  # as in `encode`
+            raise DataError(f"this {self.kind} tokenizer cannot encode the text: {error}") from error
+        places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int64), places
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         return str(self._rust.decode(self._checked(ids).tolist(), skip_special_tokens=True))
