@@ -178,17 +178,18 @@ def read_record(folder: RunFolder, variant: int, seed: int) -> RunRecord | None:
             variant=variant,
             seed=seed,
             val_loss=figures["val_loss"],
-            bits_per_byte=figures["bits_per_byte"],
-            train_curve=_series(points, "loss"),
-            val_curve=_series(points, "val_loss"),
-            eps={name.removesuffix(EPS): _series(points, name) for name in veins},
+            bits_per_byte=figures.get("bits_per_byte"),
+            train_curve=series_of(points, "loss"),
+            val_curve=series_of(points, "val_loss"),
+            eps={name.removesuffix(EPS): series_of(points, name) for name in veins},
             seconds=figures["seconds"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{folder.root} is damaged ({error}); remove that folder to train it anew") from None
 
 
-def _series(points: list[dict[str, float]], name: str) -> Series:
+def series_of(points: list[dict[str, Any]], name: str) -> Series:
+    """The records that have a number of this name, against their steps."""
     known = [(int(p["step"]), p[name]) for p in points if p.get(name) is not None]
     return Series(step=[step for step, _ in known], loss=[loss for _, loss in known])
 

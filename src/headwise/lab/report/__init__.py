@@ -64,6 +64,7 @@ def report_html(result: CompareResult) -> str:
             names=ENVIRONMENT_NAMES,
             headline=_headline(result),
             tally=_tally(result),
+            noun="Line",
             marks=render.MARKS,
             phrase=lambda variant: render.phrase(result, variant),
             series=svg.series_name,
