@@ -6,6 +6,7 @@ softmax attention does, the closed forms of its spec.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -113,6 +114,12 @@ class AttentionSpec(ComponentSpec):
         _, K, D = self.heads(dims)
         return K * (self.key_dim(dims) + D)
 
+    def kv_shape(self, dims: Dims) -> tuple[int, int, int] | None:
+        """(key/value heads, width of a key, width of a value) of what an observer is told; None where the layer has no
+        keys and values that a cache keeps for each token."""
+        _, K, D = self.heads(dims)
+        return K, self.key_dim(dims), D
+
     def state_numbers(self, dims: Dims) -> int:
         """Numbers that one layer's cache keeps whatever the number of tokens: a recurrence's state."""
         return 0
@@ -162,6 +169,11 @@ class Context(NamedTuple):
         return self._replace(encoding=SomeKeys(self.encoding, places), segments=segments, positions=positions)
 
 
+# Told of a pass's "queries" [B,H,T,E], "keys" [B,K,T,E] and "values" [B,K,T,D] before positions are worked in, and of
+# the heads' "outputs" [B,H,T,D] as they go into `wo`. Of recurrent kinds the outputs alone are comparable.
+Observer = Callable[[str, Tensor], None]
+
+
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """[B,T,heads·D] → [B,heads,T,D]."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
@@ -189,13 +201,15 @@ class Attention(nn.Module):
 
     `wq`: C → H·E, `wk`: C → K·E, `wv`: C → K·D, `wo`: H·D → C; E is the spec's `key_dim`, by default D. `window` is how
     many keys a query sees; None: all. `pattern` says which of them, by positions in the segment; None: each. `direct`
-    marks a layer whose queries meet its keys as `sdpa.attention` has it, so that a cache may do that itself.
+    marks a layer whose queries meet its keys as `sdpa.attention` has it, so that a cache may do that itself. `observer`
+    is told what passes through.
     """
 
     side_by_side: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # maps of one input
     window: int | None = None
     pattern: Pattern | None = None
     direct: bool = False
+    observer: Observer | None = None
     sink: nn.Parameter | None
 
     def __init__(self, spec: AttentionSpec, dims: Dims) -> None:
@@ -255,7 +269,13 @@ class Attention(nn.Module):
                 context = context.of_keys_in(cache)
         if y_BHTD is None:
             y_BHTD, weights = self.attend(q_BHTE, k_BKSE, v_BKSD, context, attn_mask, return_attention_weights)
-        return self._out(self.gate(y_BHTD.transpose(1, 2).flatten(2), x_BTC)), weights
+        return self._out(self.told(self.gate(y_BHTD.transpose(1, 2).flatten(2), x_BTC))), weights
+
+    def told(self, y_BTF: Tensor) -> Tensor:
+        """The heads' outputs side by side [B,T,H·D], as they are, once the observer has them."""
+        if self.observer is not None:
+            self.observer("outputs", split_heads(y_BTF, self.n_heads))
+        return y_BTF
 
     def attend_in(self, cache: TokenCache, q_BHTE: Tensor, new: tuple[Tensor, ...], context: Context) -> Tensor | None:
         """[B,H,T,D] where the cache itself lets queries meet the tokens it keeps; else None, and nothing is stored."""
@@ -282,6 +302,9 @@ class Attention(nn.Module):
         )
         if self.spec.qk_norm is True:
             q_BHTE, k_BKSE = self.q_norm(q_BHTE), self.k_norm(k_BKSE)
+        if self.observer is not None:
+            for name, x in (("queries", q_BHTE), ("keys", k_BKSE), ("values", v_BKSD)):
+                self.observer(name, x)
         if memory_BSC is None:
             q_BHTE, k_BKSE = self.place(q_BHTE, context.encoding), self.place(k_BKSE, context.encoding)
         return q_BHTE, k_BKSE, v_BKSD

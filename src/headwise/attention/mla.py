@@ -111,6 +111,11 @@ class MLASpec(AttentionSpec):
     def kv_numbers_per_token(self, dims: Dims) -> int:
         return self.latent_dim(dims) + self.rotary_dim(dims)
 
+    def kv_shape(self, dims: Dims) -> tuple[int, int, int] | None:
+        """Of the expanded form, the part of the keys that knows no positions."""
+        H, _, D = self.heads(dims)
+        return H, self.nope_dim(dims), D
+
 
 @register_attention(MLASpec)
 class MLAAttention(Attention):
@@ -167,7 +172,8 @@ class MLAAttention(Attention):
         kept_B1SL = torch.cat([self.kv_norm(c_B1Sr), k_rope], dim=-1)
         readable = naive_wanted() or return_attention_weights
         y_BHTD, weights = self._meet(q_nope, q_rope, kept_B1SL, context, attn_mask, readable)
-        return self._out(y_BHTD.transpose(1, 2).flatten(2)), weights if return_attention_weights else None
+        y_BTF = self.told(y_BHTD.transpose(1, 2).flatten(2))
+        return self._out(y_BTF), weights if return_attention_weights else None
 
     def _meet(
         self, q_nope: Tensor, q_rope: Tensor, kept_B1SL: Tensor, context: Context, mask: Tensor | None, readable: bool
@@ -196,7 +202,9 @@ class MLAAttention(Attention):
         return Needs(self.spec.kind, "latent")
 
     def _absorbs(self, n_queries: int, n_keys: int, causal: bool) -> bool:
-        """Whether the absorbed form multiplies less."""
+        """Whether the absorbed form multiplies less; an observer wants to be told of keys and values."""
+        if self.observer is not None:
+            return False
         if self.absorbed is not None:
             return self.absorbed
         pairs = n_queries * (n_keys - (n_queries / 2 if causal else 0))
@@ -210,6 +218,10 @@ class MLAAttention(Attention):
         c_B1Sr, k_rope = kept_B1SL.split([self.latent_dim, self.rope_dim], dim=-1)
         up_BHSU = split_heads(self.wkv_b(c_B1Sr[:, 0]), self.n_heads)
         k_nope, v_BHSD = up_BHSU.split([self.nope_dim, self.head_dim], dim=-1)
+        if self.observer is not None:
+            T = q_nope.shape[2]
+            for name, x in (("queries", q_nope), ("keys", k_nope[:, :, -T:]), ("values", v_BHSD[:, :, -T:])):
+                self.observer(name, x)
         k_BHSE = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
         return torch.cat([q_nope, q_rope], dim=-1), k_BHSE, v_BHSD
 

@@ -62,6 +62,9 @@ class RecurrenceSpec(AttentionSpec):
     def kv_numbers_per_token(self, dims: Dims) -> int:
         return 0
 
+    def kv_shape(self, dims: Dims) -> tuple[int, int, int] | None:
+        return None
+
     def state_numbers(self, dims: Dims) -> int:
         rows, columns = self.state_shape(dims)
         return self.heads(dims)[1] * rows * columns
@@ -117,7 +120,7 @@ class Recurrence(Attention, ABC):
         weights = None
         if return_attention_weights and cache is None:
             weights = self.weights(q_BHTE, k_BKTE, v_BKTD, resets(context.segments), context.causal)
-        return self._out(self.read_out(y_BHTD, x_BTC)), weights
+        return self._out(self.told(self.read_out(y_BHTD, x_BTC))), weights
 
     def gates(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
         """What the recurrence needs of the tokens besides queries, keys and values, [B,K,T,…] each."""

@@ -57,6 +57,21 @@ class Stack(nn.Module):
     def _codes(self) -> Sequence[Position]:
         return list(self.positions)  # type: ignore[arg-type]
 
+    def contexts(self, placed: Placed, cache: ModelCache | None = None) -> list[Context]:
+        """What each layer is told of new tokens that stand as `placed` says."""
+        codes = self._codes()
+        encodings: dict[tuple[int, int], Encoding] = {}
+        contexts = []
+        for layer, rotary_dim in enumerate(self.rotary_dims):
+            key = (layer % len(codes), rotary_dim)
+            if key not in encodings:
+                encodings[key] = codes[key[0]].encode(placed.positions, placed.seq_len, rotary_dim)
+                if placed.segments is not None:
+                    encodings[key] = encodings[key].in_segments(placed.segments[1])
+            held = cache.layers[layer] if cache is not None else None
+            contexts.append(Context(self.causal, encodings[key], placed.segments, held))
+        return contexts
+
     def forward(
         self,
         x_BTC: Tensor,
@@ -67,21 +82,8 @@ class Stack(nn.Module):
         memory_segments: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Run the blocks on new tokens that stand as `placed` says; `memory_BSC` is what cross-attention looks at."""
-        codes = self._codes()
-        encodings: dict[tuple[int, int], Encoding] = {}
         memory_context = Context(segments=memory_segments)
-        for layer, block in enumerate(self.blocks):
-            key = (layer % len(codes), self.rotary_dims[layer])
-            if key not in encodings:
-                encodings[key] = codes[key[0]].encode(placed.positions, placed.seq_len, key[1])
-                if placed.segments is not None:
-                    encodings[key] = encodings[key].in_segments(placed.segments[1])
-            context = Context(
-                causal=self.causal,
-                encoding=encodings[key],
-                segments=placed.segments,
-                cache=cache.layers[layer] if cache is not None else None,
-            )
+        for block, context in zip(self.blocks, self.contexts(placed, cache)):
             args = (x_BTC, context, memory_BSC, memory_context)
             if self.activation_checkpointing and self.training:
                 x_BTC = checkpoint(block, *args, use_reentrant=False)
@@ -111,7 +113,7 @@ class LanguageModel(nn.Module, ABC):
         self.dropout = dims.dropout
 
     @abstractmethod
-    def _decoding(self) -> Stack:
+    def decoding_stack(self) -> Stack:
         """The blocks that a cache is for."""
 
     def new_cache(self, kind: str = "auto", **options: Any) -> ModelCache:
@@ -130,7 +132,7 @@ class LanguageModel(nn.Module, ABC):
         """
         if kind == "static":
             options.setdefault("max_len", self.spec.dims.max_seq_len)
-        return self._decoding().new_cache(kind, **options)
+        return self.decoding_stack().new_cache(kind, **options)
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -17,7 +17,7 @@ class Decoder(LanguageModel):
         super().__init__(spec)
         self.stack = Stack(spec, spec.dims.n_layers, causal=spec.causal)
 
-    def _decoding(self) -> Stack:
+    def decoding_stack(self) -> Stack:
         return self.stack
 
     def forward(

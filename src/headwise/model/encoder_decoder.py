@@ -24,7 +24,7 @@ class EncoderDecoder(LanguageModel):
         placed = place(encoder_ids_BS, encoder_segments, None)
         return self.encoder(self.embed(encoder_ids_BS, self.encoder, placed), placed)
 
-    def _decoding(self) -> Stack:
+    def decoding_stack(self) -> Stack:
         return self.decoder
 
     def forward(

@@ -35,6 +35,13 @@ class Encoding:
         """Queries or keys of the pass's new tokens, with their positions worked in."""
         return x_BHTD
 
+    def unrotate(self, x_BHTD: Tensor) -> Tensor:
+        """The inverse of `rotate`: queries or keys of those tokens as they were before their positions were worked in.
+
+        Cached keys hold their positions; heads and widths may be mixed without them alone.
+        """
+        return x_BHTD
+
     def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
         """A causal bias on the scores as factors a [H,T,n], b [S,n] (each with a batch in front where rows differ), for
         tensors like `x_BHTD`; None for no bias.
@@ -56,6 +63,9 @@ class SomeKeys(Encoding):
 
     def rotate(self, x_BHTD: Tensor) -> Tensor:
         return self.encoding.rotate(x_BHTD)
+
+    def unrotate(self, x_BHTD: Tensor) -> Tensor:
+        return self.encoding.unrotate(x_BHTD)
 
     def bias_factors(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
         factors = self.encoding.bias_factors(x_BHTD)

@@ -259,6 +259,10 @@ class RoPEEncoding(Encoding):
         cos, sin = self._table(dtype)
         return fast.rotate(x_BHTD.to(dtype), cos, sin, interleaved=self.interleaved).to(x_BHTD.dtype)
 
+    def unrotate(self, x_BHTD: Tensor) -> Tensor:
+        """Turned back by the same angles, with the amplitude that scores were sharpened by taken out."""
+        return RoPEEncoding(-self.angles, 1 / self.amplitude, self.interleaved).rotate(x_BHTD)
+
     def _table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype not in self._tables:
             cos, sin = fast.tables(self.angles, interleaved=self.interleaved)
