@@ -116,7 +116,7 @@ def load_examples(
         if train_limit is not None or val_limit is not None:
             raise SettingsError("train_limit and val_limit count examples with parts; these data are plain text")
         dataset = load_dataset(data, tokenizer, text_column=text_column, val_fraction=val_fraction, cache_dir=cache_dir)
-        splits = [_of_tokens(dataset.train), _of_tokens(dataset.val)]
+        splits = [text_examples(dataset.train), text_examples(dataset.val)]
         fingerprint = _digest(dataset.fingerprint, splits)
         return Examples(dataset.name, dataset.tokenizer, splits[0], splits[1], fingerprint, ("text",), format)
 
@@ -326,7 +326,7 @@ def _encoded(name: str, examples: Sequence[Example], tokenizer: Tokenizer, parts
     )
 
 
-def _of_tokens(tokens: Tokens) -> ExampleSet:
+def text_examples(tokens: Tokens) -> ExampleSet:
     """Packed text: every document an example. Where separators stand between them (`E doc E doc E`), each begins with
     the one before it, from which its first token is predicted, and ends with the one behind it."""
     starts = np.zeros(1, np.int64) if tokens.starts is None else np.asarray(tokens.starts)

@@ -62,7 +62,7 @@ def evaluate(
     total, count = 0.0, 0
     try:
         with torch.inference_mode(), autocast(device, dtype):
-            rows = batch_size or _rows(vocab_size, seq_len, device)
+            rows = batch_size or rows_at_once(vocab_size, seq_len, device)
             for index, batch in enumerate(eval_batches(tokens, rows, seq_len)):
                 if int(batch.ids.max()) >= vocab_size:
                     raise DataError(
@@ -90,7 +90,7 @@ def together_over(results: Sequence[EvalResult], n_bytes: Sequence[int]) -> Eval
     return EvalResult(nats, mean, n_tokens)
 
 
-def _rows(vocab_size: int, seq_len: int, device: torch.device) -> int:
+def rows_at_once(vocab_size: int, seq_len: int, device: torch.device) -> int:
     """Sequences of one evaluation batch: what suits the device, as far as the logits stay within bounds."""
     wanted = _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
     return max(1, min(wanted, _MOST_LOGITS // vocab_size) // seq_len)
