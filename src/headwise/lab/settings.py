@@ -15,7 +15,7 @@ from headwise.train.settings import TrainSettings
 FIRST_TUNE_SEED = 1_000_000
 
 
-def _number_or_list(value: Any) -> Any:
+def number_or_list(value: Any) -> Any:
     """ "6" is a number, "0,1,2" and "[7]" are lists."""
     if not isinstance(value, str):
         return value
@@ -27,12 +27,27 @@ def _number_or_list(value: Any) -> Any:
         raise ValueError("should be a number of seeds such as 6, or a list such as 0,1,2") from None
 
 
+def seeds_of(seeds: int | tuple[int, ...], first: int) -> list[int]:
+    """The seeds themselves, where `seeds` may be their number."""
+    return list(range(first, first + max(0, seeds))) if isinstance(seeds, int) else list(seeds)
+
+
+def seed_problems(seeds: list[int], given: int | tuple[int, ...]) -> Iterable[tuple[tuple[str, ...], str]]:
+    """What is wrong with the seeds of a comparison, as `Settings.contradictions` tells it."""
+    if not seeds:
+        yield ("seeds", "seed"), f"seeds: given {given!r}, at least one is needed; 6 is usual"
+    if len(set(seeds)) < len(seeds):
+        yield ("seeds", "seed"), f"seeds: {_shown(seeds)} has a seed twice; each can count once only"
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        yield ("seeds", "seed"), f"seeds: {_shown(seeds)} should lie between 0 and 2^63"
+
+
 class CompareSettings(TrainSettings):
     """How architectures are compared. The settings of training hold for every run of every line."""
 
     out: Path | None = Field(None, description="folder of the comparison; a comparison begun there goes on")
     init_from: CliSuppress[Path | None] = Field(None, description="not for a comparison")
-    seeds: Annotated[int | tuple[int, ...], BeforeValidator(_number_or_list), NoDecode] = Field(
+    seeds: Annotated[int | tuple[int, ...], BeforeValidator(number_or_list), NoDecode] = Field(
         6, description="how many seeds, or the seeds themselves, as 0,1,2; a claim needs at least 5"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="the first seed, where seeds is a number")
@@ -66,12 +81,7 @@ class CompareSettings(TrainSettings):
         if self.init_from is not None:
             yield ("init_from",), "init_from: a comparison trains every line from its own start; use `headwise train`"
         seeds = self.seed_list
-        if not seeds:
-            yield ("seeds", "seed"), f"seeds: given {self.seeds!r}, at least one is needed; 6 is usual"
-        if len(set(seeds)) < len(seeds):
-            yield ("seeds", "seed"), f"seeds: {_shown(seeds)} has a seed twice; each can count once only"
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            yield ("seeds", "seed"), f"seeds: {_shown(seeds)} should lie between 0 and 2^63"
+        yield from seed_problems(seeds, self.seeds)
         if bad := [lr for lr in self.lr_grid if not 0 < lr < float("inf")]:
             yield ("lr_grid",), f"lr_grid: given {_shown(bad)}, learning rates should be finite and more than 0"
         if len(set(self.lr_grid)) < len(self.lr_grid):
@@ -92,9 +102,7 @@ class CompareSettings(TrainSettings):
     @property
     def seed_list(self) -> list[int]:
         """The seeds of the verdict."""
-        if isinstance(self.seeds, int):
-            return list(range(self.seed, self.seed + max(0, self.seeds)))
-        return list(self.seeds)
+        return seeds_of(self.seeds, self.seed)
 
     @property
     def tuning_seeds(self) -> list[int]:

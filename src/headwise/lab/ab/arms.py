@@ -20,9 +20,10 @@ WORDS: dict[str, Any] = {"yes": True, "no": False, "true": True, "false": False}
 INITS = {"uniform": True, "random": False}
 # What belongs to a whole A/B: arms that differ in these would not see the same data, teacher or budget.
 SHARED = {
-    *("out", "seed", "steps", "data", "text_column", "val_fraction", "tokenizer", "format", "teacher", "student"),
-    *("batch_size", "accumulate", "seq_len", "size", "threads", "device", "projection"),
-    *("log_every", "eval_every", "checkpoint_every", "tensorboard", "cache_teacher", "cache_dtype"),
+    *("out", "seed", "steps", "epochs", "data", "text_column", "val_fraction", "tokenizer", "format", "loss_on"),
+    *("teacher", "teacher_weights", "student", "init_from", "align", "batch_size", "accumulate", "seq_len", "size"),
+    *("threads", "device", "deterministic", "compile", "log_every", "eval_every", "checkpoint_every", "measure_rows"),
+    *("cache_teacher", "cache_dtype", "cache_dir", "tensorboard", "run_name", "projection"),
 }
 # What an arm has that does not say otherwise, for telling in which settings two arms differ.
 DEFAULTS: dict[str, Any] = {"share_dim_proj": True, "init_uniform": True}
