@@ -101,6 +101,6 @@ def test_ids_beyond_the_vocabulary_and_other_models_than_decoders_are_refused(ex
     small = build(parse("llama").resolve(size="10k", vocab_size=4, max_seq_len=64), seed=0)
     with pytest.raises(DataError, match=r"beyond the model's vocabulary \(4\)"):
         evaluate_examples(small, examples.val)
-    encoder = build(parse("transformer(architecture=encoder)").resolve(size="10k", vocab_size=99, max_seq_len=64), seed=0)
+    encoder = parse("transformer(architecture=encoder)").resolve(size="10k", vocab_size=99, max_seq_len=64)
     with pytest.raises(SettingsError, match="of a decoder, and this is an encoder"):
-        evaluate_examples(encoder, examples.val)
+        evaluate_examples(build(encoder, seed=0), examples.val)

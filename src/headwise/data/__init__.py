@@ -11,9 +11,10 @@ batch = WindowBatches(examples.train, batch_size=8, seq_len=256, seed=0).batch(s
 from __future__ import annotations
 
 from headwise.data.batches import IGNORE, Batch, Batches, eval_batches
-from headwise.data.examples import Examples, ExampleSet, WindowBatches, Windows, eval_windows, load_examples
+from headwise.data.examples import Examples, ExampleSet, load_examples
 from headwise.data.pack import Dataset, Tokens, default_cache_dir, load_dataset
 from headwise.data.tokenizers import Tokenizer, load_tokenizer
+from headwise.data.windows import WindowBatches, Windows, eval_windows
 
 __all__ = [
     "IGNORE",

@@ -14,7 +14,8 @@ from headwise.train.evaluation import EvalResult, autocast, rows_at_once
 from headwise.train.objective import IGNORED
 
 if TYPE_CHECKING:
-    from headwise.data.examples import ExampleSet, LossOn
+    from headwise.data.examples import ExampleSet
+    from headwise.data.windows import LossOn
     from headwise.model.base import LanguageModel
 
 
@@ -49,7 +50,7 @@ def evaluate_examples(
         SettingsError: the model is no decoder.
         DataError: ids beyond the model's vocabulary, or nothing to predict.
     """
-    from headwise.data.examples import Windows
+    from headwise.data.windows import Windows
 
     spec, device = model.spec, next(model.parameters()).device
     if spec.architecture != "decoder":
