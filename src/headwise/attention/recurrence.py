@@ -159,6 +159,14 @@ class Recurrence(Attention, ABC):
         """The attention weights [B,H,T,T], where such exist."""
         return None
 
+    def matrix(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The matrix [B,H,T,T] by which a causal pass mixes the tokens' values: what it makes of the unit vectors as
+        values, for every kind is linear in these."""
+        q_BHTE, k_BKTE, v_BKTD = self._heads(x_BTC, context)
+        B, K, T, _ = v_BKTD.shape
+        units_BKTT = torch.eye(T, dtype=v_BKTD.dtype, device=v_BKTD.device).expand(B, K, T, T)
+        return self.recur(q_BHTE, k_BKTE, units_BKTT, self.gates(x_BTC), resets(context.segments), None)[0]
+
     def read_out(self, y_BHTD: Tensor, x_BTC: Tensor) -> Tensor:
         """The heads' outputs side by side [B,T,H·D], normed and gated where the kind does that."""
         return y_BHTD.transpose(1, 2).flatten(2)
