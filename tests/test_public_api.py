@@ -11,7 +11,7 @@ from headwise.train import TrainSettings
 
 PUBLIC = {
     *("ModelSpec", "HeadwiseError", "parse", "count", "list_presets", "build", "swap", "load", "save_pretrained"),
-    *("quantise", "train", "resume", "generate", "compare", "bench", "register_with_transformers", "Engine"),
+    *("quantise", "train", "resume", "generate", "compare", "bench", "register_with_transformers", "Engine", "distill"),
     *(
         f"{verb}_{family}"
         for verb in ("register", "get", "list")

@@ -31,6 +31,7 @@ _HOMES = {
     "quantise": "headwise.model.quantise",
     "train": "headwise.train",
     "resume": "headwise.train",
+    "distill": "headwise.distill",
     "generate": "headwise.generate",
     "Engine": "headwise.generate.engine",
     "compare": "headwise.lab.compare",
@@ -47,6 +48,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from headwise.distill import distill as distill
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.generate import generate as generate
     from headwise.generate.engine import Engine as Engine

@@ -1,0 +1,216 @@
+"""A student and all that learns beside it: the losses of one step, and how near it has come to its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from headwise.distill.capture import capture
+from headwise.distill.job import batches_of
+from headwise.distill.losses import logit_kd
+from headwise.distill.matching import Matching, Seen
+from headwise.distill.measure import measure
+from headwise.distill.router import Router, mixture_loss, prompts
+from headwise.io.tensors import fill_module, module_tensors
+from headwise.train.objective import IGNORED, Example
+from headwise.train.parts import evaluate_examples
+from headwise.train.trainer import Source, Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headwise.data import Batch
+    from headwise.distill.job import DistillJob
+    from headwise.io.checkpoint import Checkpoint
+    from headwise.train.evaluation import EvalResult
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson(Example):
+    """What one forward pass reads: windows of examples, their numbers [B], lengths [B], and which tokens are prompt."""
+
+    rows_B: Tensor | None = None
+    lengths_B: Tensor | None = None
+    prompt_BT: Tensor | None = None
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """True where a token stands, False at the padding behind."""
+        assert self.lengths_B is not None
+        return torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device) < self.lengths_B[:, None]
+
+
+BESIDE = "beside/"  # before the names of what learns beside the student, in a checkpoint
+
+
+class Beside(nn.Module):
+    """The student's own children under their own names, and next to them what learns beside it: for the optimiser and
+    its checkpoints all of it is one module, and every parameter of the student keeps its name."""
+
+    def __init__(self, student: nn.Module, **others: nn.Module) -> None:
+        super().__init__()
+        for name, child in [*student.named_children(), *others.items()]:
+            self.add_module(name, child)
+
+
+class DistillTrainer(Trainer):
+    """Training's trainer, with teachers."""
+
+    job: DistillJob
+
+    def __init__(self, job: DistillJob) -> None:
+        super().__init__(job)
+        self.objective = self.lesson
+        self.sums: dict[str, Tensor] = {}  # of each loss since the last record
+        self.measured: dict[str, Any] = {}
+
+    def make_trained(self) -> nn.Module:
+        job, settings = self.job, self.job.settings
+        with torch.random.fork_rng(devices=[]):  # whatever is drawn here, the student's dropout stays the same
+            self.matchings = [Matching(teacher.spec, job.spec, settings) for teacher in job.teachers]
+        others: dict[str, nn.Module] = {"aligner": nn.ModuleList(self.matchings)}
+        self.router = None
+        if settings.teacher_weights == "router":
+            self.router = others["router"] = Router(job.spec.dims.d_model, len(job.teachers))
+        self.beside = nn.ModuleDict(others).to(job.device)
+        self.of_student = frozenset[str]().union(*(matching.of_student for matching in self.matchings))
+        return Beside(self.model, **self.beside)
+
+    def make_batches(self) -> Source:
+        return batches_of(self.job)
+
+    def lesson(self, batch: Batch, step: int = 0) -> Lesson:
+        """The batch as the student reads it. Padding stands behind the tokens, where a causal model does not see it,
+        so that no segments are needed."""
+        assert batch.parts is not None
+        names = self.job.dataset.parts
+        prompt = names.index("prompt") if "prompt" in names else None
+        lengths_B = (batch.parts >= 0).sum(1)
+        return Lesson(
+            batch.ids, batch.targets, rows_B=batch.rows, lengths_B=lengths_B, prompt_BT=prompts(batch.parts, prompt)
+        )
+
+    # ---- one step ----
+
+    def part_loss(self, part: Example, count: int, n_parts: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(part, Lesson)
+        losses = {name: loss / (count if name == "task" else n_parts) for name, loss in self.losses(part).items()}
+        weights = self.weights
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        aux = self.model.aux_loss()
+        return total.detach(), total if aux is None else total + aux / n_parts
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """What each loss is multiplied by."""
+        settings = self.job.settings
+        kv, logits = settings.lambda_kv, settings.logit_kd[1] if settings.logit_kd else 0.0
+        others = {"struct": settings.lambda_struct, "hidden": settings.hidden, "logits": logits}
+        return {"task": 1.0, "k": kv, "v": kv, "output": kv, **others, "router": 1.0}
+
+    def losses(self, part: Lesson) -> dict[str, Tensor]:
+        """The losses by name, 0-d: `task` is the sum over the targets, the others are means over tokens.
+
+        Of several teachers each loss is the mean by their weights, which of a router differ from row to row.
+        """
+        with capture(self.model, self.of_student) as student:
+            logits_BTV = self.model(part.ids_BT)
+        targets_BT, settings = part.targets_BT, self.job.settings
+        flat = (logits_BTV.flatten(0, 1), targets_BT.flatten())
+        losses = {"task": F.cross_entropy(*flat, ignore_index=IGNORED, reduction="sum")}
+        seen = [self.look(n, part, matching.of_teacher) for n, matching in enumerate(self.matchings)]
+        pairs = [each.pairs(student, one, each.of_student) for each, one in zip(self.matchings, seen)]
+        words = []
+        if settings.logit_kd is not None or self.router is not None:
+            n_words = min(self.job.spec.dims.vocab_size, *(t.spec.dims.vocab_size for t in self.job.teachers))
+            words = [t.logits(one.signals["final"])[..., :n_words] for t, one in zip(self.job.teachers, seen)]
+        for rows, shares_N in self.shares(part):
+            for n, matching in enumerate(self.matchings):
+                found = matching.losses(
+                    {k: (s[rows], t[rows]) for k, (s, t) in pairs[n].items()}, seen[n].mask_BT[rows]
+                )
+                if settings.logit_kd is not None:
+                    own = (logits_BTV[rows, :, :n_words], words[n][rows], targets_BT[rows] != IGNORED)
+                    found["logits"] = logit_kd(*own, settings.logit_kd[0])
+                for name, loss in found.items():
+                    losses[name] = losses.get(name, 0) + shares_N[n] * loss
+        if self.router is not None:
+            losses["router"] = mixture_loss(self.routed(part), words, targets_BT)
+        return losses
+
+    def shares(self, part: Lesson) -> list[tuple[slice, Sequence[float | Tensor]]]:
+        """How much of each teacher goes into the loss, for all rows alike or row by row."""
+        if self.router is None:
+            return [(slice(None), self.job.shares)]
+        shares_BN = self.routed(part).detach() / len(part.ids_BT)
+        return [(slice(row, row + 1), list(shares_N)) for row, shares_N in enumerate(shares_BN)]
+
+    def routed(self, part: Lesson) -> Tensor:
+        """The router's shares, [B,N]."""
+        assert self.router is not None
+        assert part.prompt_BT is not None
+        return self.router(self.model.embedding(part.ids_BT), part.prompt_BT)
+
+    def look(self, n: int, part: Lesson, wanted: Collection[str], split: str = "train") -> Seen:
+        """What teacher `n` makes of these windows of a split; of the training split's it may have kept it."""
+        teacher, ids_BT, lengths_B, mask_BT = self.job.teachers[n], part.ids_BT, part.lengths_B, part.mask_BT
+        segments = None
+        assert lengths_B is not None
+        if (own := teacher.windows.get(split)) is not None:
+            assert part.rows_B is not None
+            read = own.batch(part.rows_B.cpu().numpy())
+            ids_BT, lengths_B = read.ids, read.lengths
+            segments = (read.segments.to(mask_BT.device), read.student_segments.to(mask_BT.device))
+            mask_BT = segments[1] >= 0
+        signals = teacher.signals(ids_BT, lengths_B, wanted, part.rows_B if split == "train" else None)
+        return Seen(signals, teacher.encodings(ids_BT.shape[1]), mask_BT, segments)
+
+    def checked_loss(self, part: Example) -> Tensor:
+        assert isinstance(part, Lesson)
+        return torch.stack(list(self.losses(part).values())).sum()
+
+    # ---- evaluation, records and checkpoints ----
+
+    def evaluate(self) -> EvalResult:
+        """The student alone over the whole validation split, by part; and how near it has come to its teachers."""
+        settings, data = self.job.settings, self.job.dataset
+        result = evaluate_examples(
+            self.model, data.val, seq_len=settings.seq_len, loss_on=settings.loss_on, dtype=settings.dtype
+        )
+        self.at.val_step, self.at.val_nats, self.at.val_bits = self.at.step, result.nats, result.bits_per_byte
+        self.measured = {"val_loss_by_part": result.by_part, **measure(self)}
+        return result
+
+    def take_record(self) -> dict[str, Any]:
+        steps, sums = self.at.since_steps, self.sums
+        values = super().take_record()
+        values |= {f"loss_{name}": value / steps for name, value in zip(sums, torch.stack([*sums.values()]).tolist())}
+        self.sums = {}
+        if self.at.val_step == self.at.step:
+            values |= self.measured
+        return values
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As training's; the optimiser's file also has what learns beside the student."""
+        model, others = super().tensors()
+        return model, others | {f"{BESIDE}{name}": tensor for name, tensor in module_tensors(self.beside).items()}
+
+    def numbers(self) -> dict[str, Any]:
+        sums = {name: value.item() for name, value in self.sums.items()}
+        return {**super().numbers(), "sums": sums, "measured": self.measured}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        own = {name: tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(BESIDE)}
+        rest = {name: tensor for name, tensor in checkpoint.optimizer.items() if name not in own}
+        super().restore(replace(checkpoint, optimizer=rest))
+        fill_module(self.beside, {name.removeprefix(BESIDE): tensor for name, tensor in own.items()}, checkpoint.path)
+        state = checkpoint.state
+        self.sums = {name: torch.tensor(value, device=self.job.device) for name, value in state["sums"].items()}
+        self.measured = state["measured"]
