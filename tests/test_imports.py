@@ -23,6 +23,7 @@ FLOORS = {
     "registry": 0,
     "kernels": 1,
     "cache": 2,
+    "linear": 3,
     "vein": 3,
     "start": 3,
     "attention": 3,
@@ -45,9 +46,9 @@ FLOORS = {
 }
 FAMILIES = ("attention", "position", "norm", "ffn")
 # On one floor only these may be imported across: what a family offers the others, the shared projector, the
-# helpers that write a file whole or not at all; and the ground floor's own files.
+# linear map, the helpers that write a file whole or not at all; and the ground floor's own files.
 SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "start", "io.atomic", "errors", "dims"}
-SHARED |= {"attention.recurrence", "io.gguf.tokenizer"}
+SHARED |= {"linear", "attention.recurrence", "io.gguf.tokenizer"}
 # Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked
 # for, a worker process, which imports what its parent had (a user's own mechanisms), and the modeling file of an
 # exported model, which brings its modules along.

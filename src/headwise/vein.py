@@ -23,19 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headwise.errors import Problem, SpecError, short
+from headwise.linear import Linear
 
 Implementation = Literal["linear", "parameter"]
 InitMethod = Literal["orthogonal", "normal", "xavier"]
 
 
-class VeinMap(nn.Linear):
+class VeinMap(Linear):
     """One of the projector's two maps. Its values are the projector's business, not the model's scheme."""
 
     def initialise(self, generator: torch.Generator | None) -> None:
         """Nothing: the projector above fills both maps together."""
 
 
-class VeinInnerMap(nn.Linear):
+class VeinInnerMap(Linear):
     """A map between vectors that are in the vein already: a few numbers wide, so that a scheme made for wide matrices
     (std 0.02) would let almost nothing through. Starts at N(0, gain²/in), biases at 0.
     """

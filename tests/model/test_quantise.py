@@ -13,6 +13,7 @@ import headwise as hw
 from headwise.errors import FormatError, HeadwiseError, SettingsError
 from headwise.kernels import naive as readable
 from headwise.kernels.packed_linear import naive
+from headwise.linear import Linear
 from headwise.model.base import LanguageModel
 from headwise.model.quantise import Joint, QuantisedLinear, arrange, quantisation
 
@@ -90,10 +91,10 @@ def test_smaller_groups_lose_less() -> None:
 def test_heads_keep_eight_bits_and_what_is_read_as_a_matrix_stays() -> None:
     mixture = hw.quantise(model_of(LINES["mixture"]))
     assert mixture.head.scheme == "int8"
-    assert type(mixture.stack.blocks[0].ffn.router) is nn.Linear
+    assert type(mixture.stack.blocks[0].ffn.router) is Linear
     assert mixture.stack.blocks[0].ffn.experts[0].w_up.scheme == "int4"
     latent = hw.quantise(model_of(LINES["mla"]))
-    assert type(latent.stack.blocks[0].attention.wkv_b) is nn.Linear
+    assert type(latent.stack.blocks[0].attention.wkv_b) is Linear
     tied = hw.quantise(model_of(LINES["grouped, tied, biased"]))
     assert tied.embedding.weight.dtype == torch.float32
 

@@ -22,6 +22,7 @@ from headwise.kernels.attention import naive, sdpa
 from headwise.kernels.rms_norm import rms_norm
 from headwise.kernels.segments import Pattern, keep_by, segment_positions
 from headwise.kernels.together import products
+from headwise.linear import Linear
 from headwise.position import Encoding, SomeKeys
 from headwise.registry import ComponentSpec
 
@@ -217,10 +218,10 @@ class Attention(nn.Module):
         self.spec = spec
         self.n_heads, self.kv_heads, self.head_dim = H, K, D = spec.heads(dims)
         E, bias = spec.key_dim(dims), spec.has_bias(dims)
-        self.wq = nn.Linear(dims.d_model, H * E, bias=bias)
-        self.wk = nn.Linear(dims.d_model, K * E, bias=bias)
-        self.wv = nn.Linear(dims.d_model, K * D, bias=bias)
-        self.wo = nn.Linear(H * D, dims.d_model, bias=spec.has_out_bias(dims))
+        self.wq = Linear(dims.d_model, H * E, bias=bias)
+        self.wk = Linear(dims.d_model, K * E, bias=bias)
+        self.wv = Linear(dims.d_model, K * D, bias=bias)
+        self.wo = Linear(H * D, dims.d_model, bias=spec.has_out_bias(dims))
         if spec.qk_norm:
             widths = (H * E, K * E) if spec.qk_norm == "full" else (E, E)
             self.q_norm, self.k_norm = (HeadNorm(w, dims.norm_eps, dims.norm_unit_offset) for w in widths)

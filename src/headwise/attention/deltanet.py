@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from headwise.attention.recurrence import OutNorm, Recurrence, RecurrenceSpec, softplus, wide
 from headwise.dims import Dims
 from headwise.kernels.delta_rule import delta_rule
+from headwise.linear import Linear
 from headwise.position import Encoding
 from headwise.registry import register_attention
 
@@ -56,7 +57,7 @@ class DeltaNet(Recurrence):
 
     def __init__(self, spec: DeltaNetSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
-        self.w_beta = nn.Linear(dims.d_model, self.kv_heads, bias=False)
+        self.w_beta = Linear(dims.d_model, self.kv_heads, bias=False)
         self.out_norm = OutNorm(self.head_dim)
 
     def place(self, x_BHTE: Tensor, encoding: Encoding) -> Tensor:
@@ -105,8 +106,8 @@ class GatedDeltaNet(DeltaNet):
 
     def __init__(self, spec: GatedDeltaNetSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
-        self.w_alpha = nn.Linear(dims.d_model, self.kv_heads, bias=False)
-        self.w_gate = nn.Linear(dims.d_model, self.n_heads * self.head_dim, bias=False)
+        self.w_alpha = Linear(dims.d_model, self.kv_heads, bias=False)
+        self.w_gate = Linear(dims.d_model, self.n_heads * self.head_dim, bias=False)
         self.A_log = nn.Parameter(torch.linspace(1, 16, self.kv_heads).log())
         self.dt_bias = nn.Parameter(torch.full((self.kv_heads,), math.log(math.expm1(START))))
 

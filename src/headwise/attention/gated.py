@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headwise.attention.base import Attention, ScoreSpec
 from headwise.dims import Dims
+from headwise.linear import Linear
 from headwise.registry import register_attention
 from headwise.start import Start, fill, start_attention
 
@@ -44,7 +45,7 @@ class GatedAttention(Attention):
 
     def __init__(self, spec: GatedSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
-        self.wg = nn.Linear(dims.d_model, spec.gates(dims), bias=spec.has_bias(dims))
+        self.wg = Linear(dims.d_model, spec.gates(dims), bias=spec.has_bias(dims))
 
     def start_from(self, old: nn.Module, start: Start) -> str:
         """The projections, with every gate half open and the output twice as large: the same results."""

@@ -13,12 +13,13 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from headwise.attention.base import split_heads
 from headwise.attention.recurrence import OutNorm, Recurrence, RecurrenceSpec, softplus, wide
 from headwise.dims import Dims
 from headwise.kernels.linear_attention import FLOOR, linear_attention
+from headwise.linear import Linear
 from headwise.registry import register_attention
 
 
@@ -45,9 +46,9 @@ class GatedLinearAttention(Recurrence):
 
     def __init__(self, spec: GLASpec, dims: Dims) -> None:
         super().__init__(spec, dims)
-        self.w_decay_in = nn.Linear(dims.d_model, spec.gate_rank, bias=False)
-        self.w_decay_out = nn.Linear(spec.gate_rank, self.kv_heads * spec.key_dim(dims))
-        self.w_gate = nn.Linear(dims.d_model, self.n_heads * self.head_dim, bias=False)
+        self.w_decay_in = Linear(dims.d_model, spec.gate_rank, bias=False)
+        self.w_decay_out = Linear(spec.gate_rank, self.kv_heads * spec.key_dim(dims))
+        self.w_gate = Linear(dims.d_model, self.n_heads * self.head_dim, bias=False)
         self.out_norm = OutNorm(self.head_dim)
 
     def gates(self, x_BTC: Tensor) -> tuple[Tensor, ...]:

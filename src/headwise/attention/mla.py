@@ -33,6 +33,7 @@ from headwise.dims import Dims
 from headwise.errors import Problem
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
+from headwise.linear import Linear
 from headwise.registry import register_attention
 from headwise.start import Start, fill, heads_of, latent, turned_alike
 
@@ -140,15 +141,15 @@ class MLAAttention(Attention):
         self.scale = spec.scale_in_force(dims)
         C, E, bias = dims.d_model, spec.key_dim(dims), spec.has_bias(dims)
         if spec.q_lora_rank is None:
-            self.wq = nn.Linear(C, H * E, bias=False)
+            self.wq = Linear(C, H * E, bias=False)
         else:
-            self.wq_a = nn.Linear(C, spec.q_lora_rank, bias=bias)
+            self.wq_a = Linear(C, spec.q_lora_rank, bias=bias)
             self.q_norm = HeadNorm(spec.q_lora_rank)
-            self.wq_b = nn.Linear(spec.q_lora_rank, H * E, bias=False)
-        self.wkv_a = nn.Linear(C, self.latent_dim + self.rope_dim, bias=bias)
+            self.wq_b = Linear(spec.q_lora_rank, H * E, bias=False)
+        self.wkv_a = Linear(C, self.latent_dim + self.rope_dim, bias=bias)
         self.kv_norm = HeadNorm(self.latent_dim)
-        self.wkv_b = nn.Linear(self.latent_dim, H * (self.nope_dim + D), bias=False)
-        self.wo = nn.Linear(H * D, C, bias=spec.has_out_bias(dims))
+        self.wkv_b = Linear(self.latent_dim, H * (self.nope_dim + D), bias=False)
+        self.wo = Linear(H * D, C, bias=spec.has_out_bias(dims))
         self.dropout = dims.dropout if spec.dropout is None else spec.dropout
         self.out_dropout = dims.dropout
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from headwise.attention.recurrence import Recurrence, RecurrenceSpec, wide
 from headwise.dims import Dims
 from headwise.kernels.linear_attention import linear_attention
+from headwise.linear import Linear
 from headwise.registry import register_attention
 
 
@@ -46,7 +47,7 @@ class Retention(Recurrence):
     def __init__(self, spec: RetentionSpec, dims: Dims) -> None:
         super().__init__(spec, dims)
         width = self.n_heads * self.head_dim
-        self.w_gate = nn.Linear(dims.d_model, width, bias=False)
+        self.w_gate = Linear(dims.d_model, width, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
         # Plain numbers, no buffer: in a half-precision model a buffer would lose the slow heads' bits.

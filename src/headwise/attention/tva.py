@@ -34,6 +34,7 @@ from headwise.cache import Needs
 from headwise.dims import Dims
 from headwise.errors import HeadwiseError, Problem, SpecError
 from headwise.kernels import naive_wanted
+from headwise.linear import Linear
 from headwise.registry import register_attention
 from headwise.start import Start, bottleneck, fill, heads_of, lift
 from headwise.vein import VeinInnerMap, VeinProjector, rank_problems
@@ -126,8 +127,8 @@ class TVA(Attention):
                 old = getattr(self, name)
                 setattr(self, name, VeinInnerMap(old.in_features, old.out_features, bias=old.bias is not None))
         elif not spec.folded:
-            self.wq, self.wk, self.wv = (nn.Linear(C, n * width, bias=bias) for n in (H, K, K))
-            self.wo = nn.Linear(H * width, C, bias=spec.has_out_bias(dims))
+            self.wq, self.wk, self.wv = (Linear(C, n * width, bias=bias) for n in (H, K, K))
+            self.wo = Linear(H * width, C, bias=spec.has_out_bias(dims))
         if not spec.folded:
             self.vein = vein or VeinProjector(width, spec.rank, spec.implementation, spec.init_method, spec.tied_start)
 

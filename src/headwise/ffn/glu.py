@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headwise.dims import Dims
 from headwise.ffn.base import ACTIVATIONS, FFNSpec
 from headwise.kernels.together import products
+from headwise.linear import Linear
 from headwise.registry import register_ffn
 
 GATES = {
@@ -53,9 +54,9 @@ class GLU(nn.Module):
         super().__init__()
         width, bias = spec.width(dims), spec.has_bias(dims)
         self.activation = ACTIVATIONS[GATES[spec.kind]]
-        self.w_gate = nn.Linear(dims.d_model, width, bias=bias)
-        self.w_up = nn.Linear(dims.d_model, width, bias=bias)
-        self.w_out = nn.Linear(width, dims.d_model, bias=bias)
+        self.w_gate = Linear(dims.d_model, width, bias=bias)
+        self.w_up = Linear(dims.d_model, width, bias=bias)
+        self.w_out = Linear(width, dims.d_model, bias=bias)
         self.dropout = dims.dropout
 
     def forward(self, x_BTC: Tensor) -> Tensor:

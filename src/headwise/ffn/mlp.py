@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headwise.dims import Dims
 from headwise.ffn.base import ACTIVATIONS, FFNSpec
+from headwise.linear import Linear
 from headwise.registry import FFN, register_ffn
 
 
@@ -38,8 +39,8 @@ class MLP(nn.Module):
         super().__init__()
         width, bias = spec.width(dims), spec.has_bias(dims)
         self.activation = ACTIVATIONS[spec.activation]
-        self.w_in = nn.Linear(dims.d_model, width, bias=bias)
-        self.w_out = nn.Linear(width, dims.d_model, bias=bias)
+        self.w_in = Linear(dims.d_model, width, bias=bias)
+        self.w_out = Linear(width, dims.d_model, bias=bias)
         self.dropout = dims.dropout
 
     def forward(self, x_BTC: Tensor) -> Tensor:

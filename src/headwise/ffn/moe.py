@@ -37,6 +37,7 @@ from headwise.ffn.base import ACTIVATIONS, FFNSpec
 from headwise.kernels import naive_wanted
 from headwise.kernels.grouped import fast, naive
 from headwise.kernels.together import products
+from headwise.linear import Linear
 from headwise.registry import register_ffn
 from headwise.start import (
     Start,
@@ -140,9 +141,9 @@ class Expert(nn.Module):
     def __init__(self, spec: MoESpec, d_model: int, d_ff: int, bias: bool) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
-        self.w_gate = nn.Linear(d_model, d_ff, bias=bias) if spec.gated else None
-        self.w_up = nn.Linear(d_model, d_ff, bias=bias)
-        self.w_out = nn.Linear(d_ff, d_model, bias=bias)
+        self.w_gate = Linear(d_model, d_ff, bias=bias) if spec.gated else None
+        self.w_up = Linear(d_model, d_ff, bias=bias)
+        self.w_out = Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.w_gate is None:
@@ -166,7 +167,7 @@ class MoE(nn.Module):
         super().__init__()
         self.spec = spec
         C, width, bias = spec.rank or dims.d_model, spec.width(dims), spec.has_bias(dims)
-        self.router = nn.Linear(dims.d_model, spec.n_experts, bias=False)
+        self.router = Linear(dims.d_model, spec.n_experts, bias=False)
         self.experts = nn.ModuleList(Expert(spec, C, width, bias) for _ in range(spec.n_experts))
         self.shared = Expert(spec, C, spec.shared_width(dims), bias) if spec.n_shared_experts else None
         self.register_buffer("correction_bias", torch.zeros(spec.n_experts) if spec.correction_bias else None)

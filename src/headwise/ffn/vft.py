@@ -32,6 +32,7 @@ from headwise.dims import Dims
 from headwise.errors import Problem, SpecError, short
 from headwise.ffn.base import ACTIVATIONS
 from headwise.kernels import naive_wanted
+from headwise.linear import Linear
 from headwise.registry import ComponentSpec, register_ffn
 from headwise.start import (
     Start,
@@ -108,7 +109,7 @@ class FullStabilizer(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.w_out = nn.Linear(d_model, d_model, bias=False)
+        self.w_out = Linear(d_model, d_model, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.w_out(self.norm(x_BTC))
@@ -171,7 +172,7 @@ class NormalCompensator(nn.Module):
         )
         if s:
             self.u_sC, self.v_sC = nn.Parameter(torch.empty(s, d_model)), nn.Parameter(torch.empty(s, d_model))
-            self.gate = nn.Linear(d_model, s)
+            self.gate = Linear(d_model, s)
             if not self.u_sC.is_meta:
                 self.initialise(None)
 

@@ -16,6 +16,7 @@ from headwise.attention import AttentionSpec, Context
 from headwise.cache import ModelCache, Placed, new_model_cache
 from headwise.errors import HeadwiseError
 from headwise.kernels.segments import segment_positions as segment_positions
+from headwise.linear import Linear
 from headwise.model.block import Block
 from headwise.position import Encoding, Position
 from headwise.registry import NORM, POSITION
@@ -107,7 +108,7 @@ class LanguageModel(nn.Module, ABC):
         self.embedding = nn.Embedding(dims.vocab_size, dims.d_model)
         self.embedding_norm = NORM.build(spec.norm.at(0), dims) if spec.embedding_norm else nn.Identity()
         self.embedding_scale = math.sqrt(dims.d_model) if spec.scale_embeddings else None
-        self.head = nn.Linear(dims.d_model, dims.vocab_size, bias=spec.head_bias)
+        self.head = Linear(dims.d_model, dims.vocab_size, bias=spec.head_bias)
         if spec.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = dims.dropout

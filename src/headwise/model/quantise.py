@@ -3,7 +3,7 @@
 Decoding one token reads every weight once, so its time is their size over the speed of memory: a quarter of the bytes,
 up to four times the tokens. What is computed stays a product of floating numbers (`kernels/packed_linear`).
 
-Only maps that are plain `nn.Linear` change. Embeddings, norms, routers and matrices that a mechanism reads apart from
+Only plain linear maps change. Embeddings, norms, routers and matrices that a mechanism reads apart from
 multiplying by them stay as they are. The head keeps 8 bits in either scheme, since 4 bits cost more there than in all
 the layers together; one that shares the embedding's matrix gets a quantised copy of its own.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headwise.errors import HeadwiseError, SettingsError, one_of
 from headwise.kernels import packed_linear
 from headwise.kernels.packed_linear import naive, packed
+from headwise.linear import Linear
 from headwise.model.base import LanguageModel
 
 Scheme = Literal["int8", "int4"]
@@ -174,7 +175,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Owner and name of each map that is quantised."""
     for owner in module.modules():
         for name, child in owner.named_children():
-            if type(child) is nn.Linear and name not in getattr(owner, "read_as_matrices", ()):
+            if type(child) in (Linear, nn.Linear) and name not in getattr(owner, "read_as_matrices", ()):
                 yield owner, name
 
 

@@ -1,0 +1,70 @@
+"""The linear map by oneDNN: the same numbers as torch's, and only where nothing needs a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headwise.kernels import linear as kernel
+from headwise.kernels.linear import LARGE, linear
+from headwise.linear import Linear
+
+pytestmark = pytest.mark.skipif(kernel._pointwise is None, reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often oneDNN is asked."""
+    made = []
+    asked = kernel._pointwise
+    monkeypatch.setattr(kernel, "_pointwise", lambda *args: made.append(1) or asked(*args))
+    return made
+
+
+@given(
+    rows=st.sampled_from([(), (0,), (1,), (1, 1), (3, 1), (2, 0), (2, 5), (40,)]),
+    n=st.sampled_from([1, 64, 333]),
+    width=st.sampled_from([LARGE // 64, LARGE // 333 + 5, 7]),
+    bias=st.booleans(),
+    strided=st.sampled_from(["no", "weight", "x"]),
+    seed=st.integers(0, 99),
+)
+def test_equals_torchs_product_for_any_shape_and_layout(rows, n, width, bias, strided, seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(width, n).t() if strided == "weight" else torch.randn(n, width)
+    x = torch.randn(*rows, 2 * width)[..., ::2] if strided == "x" else torch.randn(*rows, width)
+    b = torch.randn(n) if bias else None
+    with torch.inference_mode():
+        ours, torchs = linear(x, weight, b), F.linear(x, weight, b)
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert ours.shape == torchs.shape
+    assert (ours - exact).abs().sum() <= 3 * (torchs - exact).abs().sum() + 1e-6 * exact.abs().sum()
+
+
+def test_large_maps_in_inference_ask_onednn(calls):
+    layer = Linear(256, LARGE // 256)
+    with torch.inference_mode():
+        layer(torch.randn(2, 256))
+    assert calls
+
+
+@pytest.mark.parametrize("situation", ["training", "no_grad", "small", "double", "autocast", "bfloat16"])
+def test_everywhere_else_torch_computes(calls, situation):
+    layer = Linear(256, 4 if situation == "small" else LARGE // 256)
+    x = torch.randn(2, 256)
+    if situation in ("double", "bfloat16"):
+        dtype = getattr(torch, situation.replace("double", "float64"))
+        layer, x = layer.to(dtype), x.to(dtype)
+    if situation == "training":
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None
+    elif situation == "no_grad":
+        with torch.no_grad():
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    else:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=situation == "autocast"):
+            assert layer(x).dtype == (torch.bfloat16 if situation in ("autocast", "bfloat16") else layer.weight.dtype)
+    assert not calls
