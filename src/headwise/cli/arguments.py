@@ -134,7 +134,7 @@ def _source(settings: type[BaseModel], parser: Parser) -> CliSettingsSource[Any]
 
 # What stands for a value in the help, by what pydantic-settings would write.
 METAVARS = {"float": "X", "int": "N", "Path": "PATH", "str": "TEXT"}
-METAVARS |= {"dict[str,float]": "PATTERN=X", "dict[int,float]": "ID=X"}
+METAVARS |= {"dict[str,float]": "PATTERN=X", "dict[int,float]": "ID=X", "tuple[str,...]": "MODEL"}
 
 
 def _add_argument(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:

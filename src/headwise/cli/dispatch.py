@@ -21,6 +21,7 @@ COMMANDS = {
     "resume": "go on with a training run or a comparison that was stopped",
     "generate": "text from a trained model",
     "swap": "other mechanisms in a trained model, started from the weights they replace",
+    "distill": "a student learns from a teacher's keys, values, hidden states and predictions",
     "eval": "the loss of a trained model on a text",
     "import": "a published model as a folder of headwise",
     "export": "a model in the form of the tools that people serve with",

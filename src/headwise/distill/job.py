@@ -148,6 +148,8 @@ def _tokenizer(settings: DistillSettings, teachers: dict[str, Teacher]) -> Token
     for teacher in teachers.values():
         if teacher.tokenizer is not None:
             return teacher.tokenizer
+    if not teachers and not is_saved(student):
+        return "char"  # lines alone, for a trial; any will do
     raise SettingsError("tokenizer: neither teacher nor student brings one; name one, as --tokenizer char")
 
 
@@ -226,12 +228,12 @@ def _store(job: DistillJob, teacher: Teacher) -> TeacherStore | None:
 
 
 def cache_size(job: DistillJob) -> int:
-    """Bytes that the teachers' caches still have to take for this run."""
+    """Bytes that the teachers' caches take, or would, for this run, beyond what is there already."""
     total = 0
     for teacher in job.teachers:
-        if teacher.store is not None:
-            rows = teacher.store.missing(batches_of(job).rows_of(job.settings.steps))
-            total += teacher.store.size_of(rows, teacher.shapes(needed_of(job, teacher)))
+        if (store := teacher.store or _store(job, teacher)) is not None:
+            rows = store.missing(batches_of(job).rows_of(job.settings.steps))
+            total += store.size_of(rows, teacher.shapes(needed_of(job, teacher)))
     return total
 
 

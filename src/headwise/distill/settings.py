@@ -23,9 +23,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _paths(value: Any) -> Any:
-    """One teacher may be given as it is."""
-    return (str(value),) if isinstance(value, str | Path) else value
+def _models(value: Any) -> Any:
+    """One or several in a text, between commas that stand in no brackets: lines have commas of their own."""
+    if isinstance(value, Path):
+        return (str(value),)
+    if not isinstance(value, str):
+        return value
+    pieces, depth = [""], 0
+    for sign in value:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and not depth:
+            pieces.append("")
+        else:
+            pieces[-1] += sign
+    return tuple(piece.strip() for piece in pieces if piece.strip())
 
 
 def _weights(value: Any) -> Any:
@@ -49,8 +60,11 @@ def _pair(value: Any) -> Any:
 class DistillSettings(TrainSettings):
     """How a student is distilled. Document 004's spellings are in the command line's aliases (`cli/distill.py`)."""
 
-    teacher: CliSuppress[Annotated[tuple[str, ...], BeforeValidator(_paths)]] = Field(
-        (), description="models to learn from: a folder, a .gguf file or a line (untrained)"
+    teacher: Annotated[tuple[str, ...], BeforeValidator(_models), NoDecode] = Field(
+        (), description="what to learn from: a folder, a .gguf file or a line (untrained); several: one --teacher each"
+    )
+    init_from: CliSuppress[Path | None] = Field(
+        None, description="not for a distillation: give a folder as the student"
     )
     student: str | None = Field(None, description="what learns: a line, or the folder of a model to start from")
     recipe: Literal["kv", "lolcats", "mohawk", "heal"] = Field(

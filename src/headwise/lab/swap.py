@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
+from headwise.distill.job import SWAP
 from headwise.errors import SettingsError
+from headwise.io.atomic import write_json
 from headwise.io.pretrained import load, save_pretrained, saved_spec
 from headwise.model.surgery import Swapped, swap_parts, swapped_spec
 from headwise.spec import ModelSpec, count
@@ -141,6 +143,7 @@ def swap_saved(folder: Path | str, settings: SwapSettings) -> SwapResult:
     new, parts = swap_parts(model, settings.attention, settings.ffn, layers=settings.layers, calibration=ids_BT)
     before, after = (evaluate(each, dataset.val, seq_len=settings.seq_len) for each in (model, new))
     save_pretrained(new, settings.out, dataset.tokenizer)
+    write_json(settings.out / SWAP, {"from": str(folder.absolute())})
     return SwapResult(
         _plan(model.spec, new.spec), before.nats, after.nats, after.n_tokens, dataset.name, tuple(parts), settings.out
     )

@@ -1,0 +1,102 @@
+"""`headwise distill`: a student learns from a teacher's keys, values, hidden states and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headwise.cli.arguments import Parser, say, show
+from headwise.cli.outcome import new_folder, tell_run
+from headwise.distill.settings import DistillSettings
+from headwise.errors import SettingsError, one_of
+
+SUBJECTS = ("run", "profile", "ab", "compare")
+# Document 004's words, and what they are called here.
+ALIASES = {
+    "--kv-projection-mode": "--projection",
+    "--use-structural-loss": "--structural-loss",
+    "--max-steps": "--steps",
+    "--output-dir": "--out",
+}
+RUN_EXAMPLES = """
+distill run --teacher runs/teacher --student 'llama(attention=gqa(kv_heads=1))' --projection structured --out runs/kv
+distill run --teacher smollm2.gguf --student 'llama(d_model=256, n_layers=8)' --data gsm8k/ --cache-teacher --steps 500
+distill run --recipe heal --student runs/swapped --data shakespeare --out runs/healed
+distill run --teacher runs/a --teacher runs/b --teacher-weights 2,1 --student llama --logit-kd 2,0.5
+distill run --teacher runs/teacher --student llama --epochs 3 --dry-run
+"""
+PROFILE_EXAMPLES = """
+distill profile --projection structured --teacher runs/teacher --student llama
+distill profile --projection flat --teacher smollm2.gguf --student 'llama(d_model=256, n_layers=8)' --seq-len 256
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    subject, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if subject in ("-h", "--help"):
+        print(overview())
+        return 0 if argv else 2
+    if subject not in SUBJECTS:
+        raise SettingsError(f"{one_of(subject, SUBJECTS, 'subject')}; see `headwise distill --help`")
+    return {"run": _run, "profile": _profile}[subject](with_own_words(rest))
+
+
+def overview() -> str:
+    """What `headwise distill --help` prints."""
+    return (
+        "usage: headwise distill run|profile|ab|compare …\n\n"
+        "  run      train a student beside a teacher\n"
+        "  profile  what a step of `run` would cost: shapes, parameters, time, memory, and a check for NaN\n"
+        "  ab       compare ways to align over seeds, with a verdict\n"
+        "  compare  two finished runs against each other\n\n"
+        "`headwise distill run --help` and so on have every setting."
+    )
+
+
+def with_own_words(argv: Sequence[str]) -> list[str]:
+    """The arguments with document 004's spellings made ours."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(ALIASES.get(name.replace("_", "-"), name) + equals + value if name.startswith("--") else word)
+    return words
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "distill run",
+        "Train a student beside a teacher: on the text, and on what the teacher makes of it. The folder --out (by\n"
+        "default runs/distill-TIME) is a training run's: `headwise resume`, `eval` and `generate` work on it.\n"
+        "Document 004's spellings (--kv_projection_mode, --max_steps, --output_dir, …) are understood too.",
+        RUN_EXAMPLES,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and how large it is")
+    arguments = parser.read(argv, DistillSettings)
+    settings = DistillSettings(**{"out": new_folder("distill"), **arguments.settings})
+    if arguments.options.dry_run:
+        from headwise.distill.plan import plan
+
+        found = plan(settings)
+        show(arguments, found.as_json(), lambda: print(found))
+        return 0
+    from headwise.distill.run import distill
+
+    say(f"distilling in {settings.out}")
+    result = distill(settings, say=say)
+    tell_run(arguments, result)
+    return 0
+
+
+def _profile(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "distill profile",
+        "What a step of `headwise distill run` with the same flags would cost: shapes [B,L,H,T,D], parameters, time\n"
+        "of teacher, student and aligner, memory, and whether every number is finite. Nothing is written.",
+        PROFILE_EXAMPLES,
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="steps that are measured (default: 3)")
+    arguments = parser.read(argv, DistillSettings)
+    from headwise.distill.profile import profile
+
+    found = profile(DistillSettings(**arguments.settings), rounds=arguments.options.rounds)
+    show(arguments, found.as_json(), lambda: print(found))
+    return int(bool(found.not_finite))
