@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from headwise.lab.ab.arms import parse_arms
-from headwise.lab.ab.result import MEASURES, SHUFFLED, ABResult, DistillRecord, Likeness
+from headwise.lab.ab.result import SHUFFLED, ABResult, DistillRecord, Likeness
 from headwise.lab.ab.summary import summarise_ab
 from headwise.lab.result import DatasetInfo, Environment, Series, Setup, VariantInfo
 
@@ -17,6 +17,7 @@ EFFECTS |= {"structured:share=no": -0.07, "structured:init=random": -0.02}
 COSINES = {"flat": (0.8, 0.3), "structured": (0.9, 0.3), "structured:share=no": (0.92, 0.3)}
 COSINES |= {"structured:init=random": (0.97, 0.965)}
 LAYERS, STEPS = 3, 300
+MEASURES = ("cosine_k", "cosine_v", "cka_k", "cka_v")
 
 
 def make_inputs(

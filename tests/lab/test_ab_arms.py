@@ -34,8 +34,9 @@ def test_any_setting_of_distillation_and_commas_within_brackets() -> None:
     (first, second) = parse_arms(" flat : lambda-kv=1e-2:structural_loss=yes , structured:logit_kd=(2,0.5)", FIELDS)
     assert first.name == "flat:lambda-kv=1e-2:structural_loss=yes"
     assert first.changes == {"projection": "flat", "lambda_kv": "1e-2", "structural_loss": True}
-    settings = made("flat,structured:logit_kd=(2,0.5)").for_run(second, 3, "out", 1)  # type: ignore[arg-type]
+    settings = made("flat,structured:logit_kd=(2,0.5)").for_run(second, 3, "out", 1, 40)  # type: ignore[arg-type]
     assert (settings.logit_kd, settings.seed, settings.projection) == ((2.0, 0.5), 3, "structured")
+    assert (settings.steps, settings.eval_every) == (40, 4)
 
 
 CHANGES = st.dictionaries(

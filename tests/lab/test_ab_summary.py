@@ -142,7 +142,7 @@ def test_a_cosine_that_shuffled_teachers_reach_too_is_called_a_collapse(result: 
     collapsed, sound = result.arm("structured:init=random"), result.arm("structured")
     assert (collapsed.collapse, sound.collapse, result.arm("none").collapse) == ("collapsed", "no", None)
     words = likeness(collapsed)
-    assert "reaches a cosine of 0.970 with its own teacher and 0.964 with shuffled ones" in words
+    assert re.search(r"reaches a cosine of 0\.97\d with its own teacher and 0\.96\d with shuffled ones", words)
     assert re.search(r"the one rose from 0\.\d+ to 0\.97\d, the other rose from 0\.\d+ to 0\.96\d", words)
     assert "This cosine shows no alignment" in words
     assert "(collapse)" in words

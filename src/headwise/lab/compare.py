@@ -18,11 +18,11 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwise.errors import HeadwiseError, Interrupted, together
 from headwise.lab.display import Display, Row, make_display
-from headwise.lab.folder import CompareFolder, finish_run, note_failure, read_record
+from headwise.lab.folder import CompareFolder, read_record
 from headwise.lab.plan import Plan, make_plan, read_all, settings_json
 from headwise.lab.result import (
     CompareResult,
@@ -34,6 +34,7 @@ from headwise.lab.result import (
     Setup,
 )
 from headwise.lab.runner import Pool, Task, WorkerSetup, cores, needed_by
+from headwise.lab.runs import PlannedRun, run_missing
 from headwise.lab.settings import CompareSettings
 from headwise.lab.summary import make_labels, summarise
 from headwise.lab.worker import MARK
@@ -41,6 +42,9 @@ from headwise.spec import ModelSpec, parse
 from headwise.train.folder import RunFolder, environment
 from headwise.train.guards import StopRequest, catch_signals
 from headwise.train.job import pinned
+
+if TYPE_CHECKING:
+    import torch
 
 CALIBRATION_ROUNDS = 9
 MEMORY_ROUNDS = 3
@@ -126,23 +130,24 @@ def command(lines: Sequence[str], settings: CompareSettings) -> str:
     words = ["headwise", "compare", *lines]
     for name in CompareSettings.model_fields:
         if name in settings.model_fields_set and name not in ("out", "workers"):
-            words += _flag(name, getattr(settings, name))
+            words += flag(name, getattr(settings, name))
     return shlex.join(words)
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
+def flag(name: str, value: Any) -> list[str]:
+    """A setting as the words of a shell command."""
+    dashed = f"--{name.replace('_', '-')}"
     match value:
         case None:
             return []
         case bool():
-            return [flag if value else flag.replace("--", "--no-", 1)]
+            return [dashed if value else dashed.replace("--", "--no-", 1)]
         case dict():
-            return [word for key, item in value.items() for word in (flag, f"{key}={item}")]
+            return [word for key, item in value.items() for word in (dashed, f"{key}={item}")]
         case tuple() | list():
             text = ",".join(map(str, value))
-            return [flag, f"[{text}]" if len(value) == 1 else text] if value else []
-    return [flag, str(value)]
+            return [dashed, f"[{text}]" if len(value) == 1 else text] if value else []
+    return [dashed, str(value)]
 
 
 def _how_to_go_on(out: Path | None) -> str:
@@ -185,7 +190,7 @@ class _Comparison:
         setup = Setup(
             seeds=self.plan.settings.seed_list,
             dataset=_dataset_info(self.plan),
-            environment=_environment(self.plan),
+            environment=environment_of(self.plan.device),
             settings=settings_json(self.plan.settings),
             command=command,
             objective=self.plan.objective,
@@ -257,47 +262,36 @@ class _Comparison:
     def _run(self, phase: str, runs: Sequence[tuple[int, int, float, RunFolder]]) -> list[str | None]:
         """Train what is not trained yet; the error of each run, None where it finished."""
         plan = self.plan
-        rows = [
-            Row(f"seed {seed} · {'' if phase == 'run' else f'lr {lr:g} · '}{self.labels[variant]}", steps)
-            for variant, seed, lr, _ in runs
-            if (steps := plan.variants[variant].steps or plan.settings.steps)
+        planned = [
+            PlannedRun(
+                Row(
+                    f"seed {seed} · {'' if phase == 'run' else f'lr {lr:g} · '}{self.labels[variant]}",
+                    plan.variants[variant].steps or plan.settings.steps,
+                ),
+                folder,
+                plan.train_task(variant, seed, lr, folder.root),
+            )
+            for variant, seed, lr, folder in runs
         ]
-        todo = []
-        for index, (_, _, _, folder) in enumerate(runs):
-            if folder.result_json.exists():
-                rows[index].state, rows[index].done, rows[index].first = (
-                    "finished",
-                    rows[index].total,
-                    rows[index].total,
-                )
-                self.resumed = True
-            else:
-                todo.append(index)
-        errors: list[str | None] = [None] * len(runs)
-        title = "choosing learning rates" if phase == "tune" else "training"
-        self.display.begin(f"{title}, {min(self.workers, len(todo))} at once", rows)
+        self.resumed |= any(run.finished for run in planned)
 
-        def on_event(number: int, state: str, info: Any) -> None:
-            index = todo[number]
-            variant, seed, lr, folder = runs[index]
-            row = rows[index]
-            _update(row, state, info)
-            if state == "done":
-                finish_run(folder, keep_checkpoints=plan.settings.keep_checkpoints and plan.settings.out is not None)
-            if state == "failed":
-                self.display.say(f"{row.label} failed: {info}")
-            self.display.changed(row)
+        def tell(index: int, state: str, info: Any) -> None:
             if self.on_progress is not None:
+                variant, seed, lr, _ = runs[index]
                 about = {"phase": phase, "line": plan.lines[variant], "variant": variant, "seed": seed, "lr": lr}
                 detail = info if isinstance(info, dict) else {"error": info} if info else {}
                 self.on_progress({**about, "state": state, **detail})
 
-        tasks = [plan.train_task(runs[i][0], runs[i][1], runs[i][2], runs[i][3].root) for i in todo]
-        with Pool(self.workers, self.setup, self.stop) as pool:
-            for index, outcome in zip(todo, pool.run(tasks, on_event)):
-                errors[index] = outcome.error
-                note_failure(runs[index][3], outcome.traceback)
-        return errors
+        return run_missing(
+            "choosing learning rates" if phase == "tune" else "training",
+            planned,
+            self.workers,
+            self.setup,
+            self.stop,
+            self.display,
+            keep_checkpoints=plan.settings.keep_checkpoints and plan.settings.out is not None,
+            tell=tell,
+        )
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -364,22 +358,6 @@ class _Comparison:
         return run.model_dump(mode="json", exclude={"out", "tensorboard"})
 
 
-def _update(row: Row, state: str, info: Any) -> None:
-    """A run's row after an event."""
-    now = time.monotonic()
-    if state == "started":
-        row.state, row.began = "running", now
-    elif state == "progress":
-        if row.done == 0:
-            # Steps of an earlier call, up to its checkpoint, came for nothing: the clock starts at the first record.
-            row.first, row.began = info["step"], now
-        row.done, row.loss = info["step"], info["loss"]
-    elif state == "done":
-        row.state, row.done, row.ended = "finished", row.total, now
-    else:
-        row.state, row.note, row.ended = "failed", str(info), now
-
-
 def _trial(lr: float, seeds: list[int], losses: list[float | None]) -> LrTrial:
     finished = [loss for loss in losses if loss is not None]
     mean = fmean(finished) if len(finished) == len(losses) else None
@@ -403,8 +381,9 @@ def _dataset_info(plan: Plan) -> DatasetInfo:
     )
 
 
-def _environment(plan: Plan) -> Environment:
-    about = environment(plan.device)
+def environment_of(device: torch.device) -> Environment:
+    """What the figures of a comparison on this device depend on."""
+    about = environment(device)
     return Environment(
         headwise=about["headwise"],
         python=about["python"],
@@ -412,7 +391,7 @@ def _environment(plan: Plan) -> Environment:
         cpu=_cpu(),
         cores=cores(),
         os=platform.platform(),
-        device=plan.device.type if plan.device.type == "cpu" else about["device"],
+        device=device.type if device.type == "cpu" else about["device"],
     )
 
 

@@ -35,6 +35,21 @@ class Row:
     ended: float = 0.0
     note: str = ""
 
+    def update(self, state: str, info: Any) -> None:
+        """After an event of `lab.runner.Pool`: started, progress with its record, done or failed with the error."""
+        now = time.monotonic()
+        if state == "started":
+            self.state, self.began = "running", now
+        elif state == "progress":
+            if self.done == 0:
+                # Steps of an earlier call, up to its checkpoint, came for nothing: the clock starts at this record.
+                self.first, self.began = info["step"], now
+            self.done, self.loss = info["step"], info["loss"]
+        elif state == "done":
+            self.state, self.done, self.ended = "finished", self.total, now
+        else:
+            self.state, self.note, self.ended = "failed", str(info), now
+
     def seconds_left(self, now: float) -> float | None:
         """Until this run is done, at the speed it had so far."""
         if self.state != "running" or self.done <= self.first:

@@ -99,6 +99,18 @@ def _train(task: dict[str, Any], send: Send) -> None:
     )
 
 
+def _distill(task: dict[str, Any], send: Send) -> None:
+    from headwise.distill.run import distill_or_resume
+    from headwise.distill.settings import DistillSettings
+
+    distill_or_resume(
+        DistillSettings(**task["settings"]),
+        on_progress=lambda record: send({"progress": record}),
+        progress=False,
+        warn=lambda text: print(text, file=sys.stderr),
+    )
+
+
 def _speed(task: dict[str, Any], send: Send) -> list[dict[str, list[float]]]:
     from headwise.lab import measure
     from headwise.train import TrainSettings
@@ -115,7 +127,12 @@ def _memory(task: dict[str, Any], send: Send) -> float:
     return measure.peak_memory(task["line"], settings, _dataset(settings))
 
 
-TASKS: dict[str, Callable[[dict[str, Any], Send], Any]] = {"train": _train, "speed": _speed, "memory": _memory}
+TASKS: dict[str, Callable[[dict[str, Any], Send], Any]] = {
+    "train": _train,
+    "distill": _distill,
+    "speed": _speed,
+    "memory": _memory,
+}
 
 _datasets: dict[tuple[Any, ...], Dataset] = {}
 

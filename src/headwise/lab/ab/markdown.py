@@ -10,7 +10,8 @@ from headwise.lab.claims import CLAIMS, findings
 from headwise.lab.render import NONE, difference, interval, loss, p_value, phrase, quantity, verdict
 
 FILE_NAME = "AB_RESULTS.md"
-NAMES = {"cosine_k": "Cosine of keys", "cosine_v": "Cosine of values", "cka_k": "CKA of keys", "cka_v": "CKA of values"}
+NAMES = {"cosine_k": "Cosine of keys", "cosine_v": "Cosine of values", "cosine_output": "Cosine of outputs"}
+NAMES |= {"cka_k": "CKA of keys", "cka_v": "CKA of values", "cka_output": "CKA of outputs"}
 
 
 def markdown(result: ABResult) -> str:
@@ -19,6 +20,7 @@ def markdown(result: ABResult) -> str:
     blocks = [
         f"# KV-cache distillation: {headline(result)}",
         verdicts,
+        *result.notes,
         _facts(result),
         _arms_table(result),
         *_claims(result),

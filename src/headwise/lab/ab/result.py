@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from headwise.lab.result import CompareResult, Diff, Loss, RunRecord, Series
 
-# Of student and projected teacher: what is measured of keys (k) and of values (v).
-MEASURES = ("cosine_k", "cosine_v", "cka_k", "cka_v")
+# What is measured of student and teacher: of keys (k), of values (v), and of what recurrent layers put out, which keep
+# neither. Cosines are with the projected teacher; CKA is with the teacher's own, before any projector.
+COSINES = ("cosine_k", "cosine_v", "cosine_output")
+CKAS = ("cka_k", "cka_v", "cka_output")
+MEASURES = (*COSINES, *CKAS)
 SHUFFLED = "_shuffled"
 
 Layers = list[FiniteFloat | None]
@@ -120,6 +123,7 @@ class ABResult(CompareResult):
     student: str
     arms: list[ArmResult]
     contrasts: list[Contrast]
+    notes: list[str] = Field([], description="what a reader must know of how the runs came about, as sentences")
 
     def arm(self, name: str) -> ArmResult:
         """What the arm of this name reached. KeyError: there is none."""

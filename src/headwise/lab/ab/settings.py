@@ -85,12 +85,12 @@ class ABSettings(DistillSettings):
         """The seeds of the verdict."""
         return seeds_of(self.seeds, self.seed)
 
-    def for_run(self, arm: Arm, seed: int, out: Path, threads: int | None) -> DistillSettings:
-        """The settings of one distillation."""
+    def for_run(self, arm: Arm, seed: int, out: Path, threads: int | None, steps: int | None) -> DistillSettings:
+        """The settings of one distillation; `steps` are given where they are known, in place of epochs."""
         own = set(DistillSettings.model_fields) & self.model_fields_set
         given: dict[str, Any] = {name: getattr(self, name) for name in own}
-        if not self.eval_every:
-            given["eval_every"] = max(1, self.steps // EVALUATIONS)
+        if steps is not None:
+            given |= {"steps": steps, "epochs": None, "eval_every": self.eval_every or max(1, steps // EVALUATIONS)}
         given |= {"checkpoint_every": self.checkpoint_every, "seed": seed, "out": out, "threads": threads}
         return DistillSettings(**{**given, **arm.changes})
 

@@ -12,6 +12,7 @@ import numpy as np
 from headwise.lab import stats
 from headwise.lab.ab.arms import PROJECTIONS, Arm
 from headwise.lab.ab.result import (
+    COSINES,
     MEASURES,
     SHUFFLED,
     ABResult,
@@ -39,6 +40,7 @@ def summarise_ab(
     teacher: Sequence[str],
     student: str,
     commands: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> ABResult:
     """Judge every arm against the first, and every arm against those that differ from it in one setting.
 
@@ -64,6 +66,7 @@ def summarise_ab(
         student=student,
         arms=results,
         contrasts=_contrasts(arms, [v.val_loss for v in base.variants], results, setup),
+        notes=list(notes),
     )
 
 
@@ -85,7 +88,7 @@ def _arm(
         train_loss=loss_of([None if record is None else mean_height(record.train_curve) for record in row]),
         steps_to_baseline=_reach(row, baseline),
         alignment=alignment,
-        collapse=_collapse([alignment[name] for name in ("cosine_k", "cosine_v") if name in alignment]),
+        collapse=_collapse([alignment[name] for name in COSINES if name in alignment]),
     )
 
 
@@ -224,8 +227,8 @@ def _shown(value: Any) -> str:
 
 
 def gaps(arm: ArmResult) -> list[float | None]:
-    """Own minus shuffled cosine of each seed, the mean of keys and values; empty where none was measured."""
-    tables = [arm.alignment[name].gaps for name in ("cosine_k", "cosine_v") if name in arm.alignment]
+    """Own minus shuffled cosine of each seed, the mean over what is compared; empty where none was measured."""
+    tables = [arm.alignment[name].gaps for name in COSINES if name in arm.alignment]
     return [_mean(values) for values in zip(*tables, strict=True)]
 
 

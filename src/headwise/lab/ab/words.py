@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from headwise.lab.ab.result import ABResult, Alignment, ArmResult, Contrast, Reach
+from headwise.lab.ab.result import CKAS, COSINES, ABResult, Alignment, ArmResult, Contrast, Reach
 from headwise.lab.claims import findings
 from headwise.lab.render import (
     NONE,
@@ -28,7 +28,7 @@ def headline(result: ABResult) -> str:
 
 def likeness(arm: ArmResult) -> str:
     """What an arm's cosine is worth, in words: the control against shuffled teachers decides."""
-    cosines = [arm.alignment[name] for name in ("cosine_k", "cosine_v") if name in arm.alignment]
+    cosines = [arm.alignment[name] for name in COSINES if name in arm.alignment]
     own, shuffled = _mean(each.mean for each in cosines), _mean(each.shuffled for each in cosines)
     if own is None or shuffled is None:
         return "has no projected teacher to be compared with."
@@ -44,10 +44,10 @@ def likeness(arm: ArmResult) -> str:
         text += " Most of this cosine is there with teachers of other texts too; only the gap is owed to the text."
     else:
         text += " Most of this cosine is owed to the text."
-    cka = [arm.alignment[name] for name in ("cka_k", "cka_v") if name in arm.alignment]
+    cka = [arm.alignment[name] for name in CKAS if name in arm.alignment]
     own, shuffled = _mean(each.mean for each in cka), _mean(each.shuffled for each in cka)
     if own is not None and shuffled is not None:
-        text += f" CKA, from which means are taken out, is {own:.3f} ({shuffled:.3f} shuffled)."
+        text += f" CKA, which no projector touches, is {own:.3f} ({shuffled:.3f} shuffled)."
     return text
 
 
@@ -112,6 +112,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def sentences(result: ABResult) -> list[str]:
     """What the terminal says at the end: a verdict an arm, what the likeness is worth, and the claims."""
-    lines = [sentence(result, variant) for variant in result.variants[1:]]
+    lines = [*result.notes, *(sentence(result, variant) for variant in result.variants[1:])]
     lines += [f"{arm.arm} {likeness(arm)}" for arm in result.arms if arm.alignment]
     return lines + [f"{found.claim} is {found.words}" for found in findings(result)]

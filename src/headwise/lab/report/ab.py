@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from headwise.lab import render
 from headwise.lab.ab import words
 from headwise.lab.ab.markdown import NAMES, parts_of
-from headwise.lab.ab.result import ABResult, Alignment
+from headwise.lab.ab.result import CKAS, COSINES, MEASURES, ABResult, Alignment
 from headwise.lab.claims import CLAIMS, findings
 from headwise.lab.report import ENVIRONMENT_NAMES, plots, svg, template
 
@@ -27,8 +27,8 @@ def report_html(result: ABResult) -> str:
         "intervals": plots.interval_plot(result),
         "losses": plots.loss_plot(result),
         "gaps": plots.gap_plot(result),
-        "cosine": layer_plot(result, ("cosine_k", "cosine_v"), "cosine"),
-        "cka": layer_plot(result, ("cka_k", "cka_v"), "cka"),
+        "cosine": layer_plot(result, COSINES, "cosine"),
+        "cka": layer_plot(result, CKAS, "cka"),
         "course": course_plot(result),
     }
     verdicts = [v.diff.verdict for v in result.variants if v.diff is not None]
@@ -50,6 +50,7 @@ def report_html(result: ABResult) -> str:
             findings=findings(result),
             claims=CLAIMS,
             parts=parts_of(result),
+            measures={name: NAMES[name] for name in MEASURES if any(name in arm.alignment for arm in result.arms)},
             likeness=words.likeness,
             reach=words.reach,
             own=words.own_and_shuffled,
@@ -97,7 +98,7 @@ def course_plot(result: ABResult) -> svg.Plot | None:
     panels = [
         (i, arm.arm, NAMES[measure], arm.alignment[measure])
         for i, arm in enumerate(result.arms)
-        for measure in ("cosine_k", "cosine_v")
+        for measure in COSINES
         if measure in arm.alignment and len(arm.alignment[measure].course.step) > 1
     ]
     if not panels:
