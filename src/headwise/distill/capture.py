@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headwise.attention import AttentionSpec
 from headwise.attention.base import Attention
-from headwise.errors import SettingsError, one_of
+from headwise.errors import HeadwiseError, SettingsError, one_of
 from headwise.model.base import LanguageModel
 from headwise.position import Encoding
 from headwise.spec import ModelSpec
@@ -70,6 +70,7 @@ def capture(model: LanguageModel, wanted: Collection[str]) -> Iterator[Signals]:
 
     Raises:
         SettingsError: something else is wanted.
+        HeadwiseError: in the pass, a third-party mechanism that does not tell its observer.
     """
     for name in wanted:
         if name not in WANTED:
@@ -91,6 +92,8 @@ def capture(model: LanguageModel, wanted: Collection[str]) -> Iterator[Signals]:
         running = False
         if "final" in wanted:
             signals.final = final_BTC
+        for layer in layers:
+            layer.check()
 
     def during(hook: Callable[..., None]) -> Callable[..., None]:
         """Not in the backward pass, where a checkpointed block runs again."""
@@ -103,6 +106,7 @@ def capture(model: LanguageModel, wanted: Collection[str]) -> Iterator[Signals]:
 
     hooks = [stack.register_forward_pre_hook(begin), stack.register_forward_hook(end)]
     attentions = [block.attention for block in stack.blocks]
+    before = [getattr(attention, "observer", None) for attention in attentions]
     try:
         for layer, block, attention in zip(layers, stack.blocks, attentions):
             hooks.append(block.register_forward_pre_hook(during(layer.before)))
@@ -113,9 +117,9 @@ def capture(model: LanguageModel, wanted: Collection[str]) -> Iterator[Signals]:
     finally:
         for hook in hooks:
             hook.remove()
-        for attention in attentions:
+        for attention, observer in zip(attentions, before):
             if isinstance(attention, Attention):
-                attention.observer = None
+                attention.observer = observer
 
 
 class _Layer:
@@ -124,12 +128,22 @@ class _Layer:
     def __init__(self, signals: Signals, spec: ModelSpec, layer: int, wanted: frozenset[str]) -> None:
         self.signals, self.layer = signals, layer
         attention = spec.attention.at(layer)
+        self.kind = attention.kind
         shape = attention.kv_shape(spec.dims) if isinstance(attention, AttentionSpec) else None
         self.wanted = wanted if shape is not None else wanted - set(_OF_HEADS)
         # Keys that come without their turned part (mla) have no positions to be worked in.
         self.turns = (
             isinstance(attention, AttentionSpec) and shape is not None and shape[1] == attention.key_dim(spec.dims)
         )
+
+    def check(self) -> None:
+        """Refuse a mechanism that keeps to itself what was asked for."""
+        missing = [name for name in sorted(self.wanted - {"final"}) if getattr(self.signals, name)[self.layer] is None]
+        if missing:
+            raise HeadwiseError(
+                f"layer {self.layer}: {self.kind} does not tell its observer of {', '.join(missing)}; use the base's "
+                "forward, or call self.observer as it does"
+            )
 
     def before(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         """A block is about to read x and its context."""

@@ -68,9 +68,8 @@ def masked_mean(x: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The mean of [B,…,T] over everything, of the tokens that the mask counts; 0 where it counts none."""
     if mask_BT is None:
         return x.mean()
-    mask = mask_BT.to(x.dtype).reshape(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1]).expand_as(x)
-    # where, not a product: a padded token may hold what no product with 0 takes away.
-    return torch.where(mask > 0, x, 0).sum() / mask.sum().clamp(min=1)
+    counted = mask_BT.bool().reshape(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1]).expand_as(x)
+    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
 
 
 class StructuralKVLoss(nn.Module):

@@ -168,9 +168,9 @@ def _outputs(block: Block, x_BTC: Tensor, context: Context) -> Tensor:
     """What the block's attention makes of it before `wo`, [B,H,T,D]."""
     attention, seen = block.attention, dict[str, Tensor]()
     assert isinstance(attention, Attention)
-    attention.observer = seen.__setitem__
+    before, attention.observer = attention.observer, seen.__setitem__
     try:
         attention(_read(block, x_BTC), context=context)
     finally:
-        attention.observer = None
+        attention.observer = before
     return seen["outputs"]

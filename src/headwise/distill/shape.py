@@ -107,12 +107,12 @@ def _of_config(config: Any) -> KVShape:
     text = getattr(config, "get_text_config", None)
     config = text() if callable(text) else config
 
+    def value(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
     def given(*names: str) -> int | None:
-        for name in names:
-            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        return None
+        numbers = (value(name) for name in names)
+        return next((n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
     n_layers, n_heads, hidden = (given(*_NAMES[name]) for name in ("n_layers", "n_heads", "hidden"))
     head_dim = given("head_dim") or (hidden and n_heads and hidden // n_heads)
@@ -121,10 +121,10 @@ def _of_config(config: Any) -> KVShape:
             f"{short(config)} does not say num_hidden_layers, num_attention_heads and head_dim (or hidden_size); give "
             "a Headwise model, its spec, a Hugging Face configuration, or a KVShape"
         )
-    nope, turned = given("qk_nope_head_dim"), given("qk_rope_head_dim")
-    kv_heads = given("num_key_value_heads") or n_heads
-    if getattr(config, "multi_query", False):  # Falcon's and StarCoder's way to say it
+    kv_heads = given("num_key_value_heads", "num_kv_heads") or n_heads
+    if value("multi_query") and not value("new_decoder_architecture"):  # Falcon's way to say it
         kv_heads = 1
-    return KVShape(
-        n_layers, n_heads, kv_heads, (nope + (turned or 0)) if nope else head_dim, given("v_head_dim") or head_dim
-    )
+    key_dim = head_dim
+    if nope := given("qk_nope_head_dim"):  # latent attention's, which is cached in its expanded form
+        key_dim = nope + (given("qk_rope_head_dim") or 0)
+    return KVShape(n_layers, n_heads, kv_heads, key_dim, given("v_head_dim") or head_dim)
