@@ -15,6 +15,8 @@ from headwise.data.spans import TeacherWindows
 from headwise.data.tokenizers import load_tokenizer
 from headwise.data.windows import WindowBatches, Windows
 from headwise.distill.matching import Matching
+from headwise.distill.mixing import check_layerwise
+from headwise.distill.recipes import stages_of
 from headwise.distill.settings import DistillSettings
 from headwise.distill.store import StoreKey, TeacherStore
 from headwise.distill.teacher import Teacher, is_saved
@@ -63,7 +65,7 @@ def settled(settings: DistillSettings) -> DistillSettings:
     own_tokenizer = settings.tokenizer
     teacher = settings.teacher
     if not teacher:
-        teacher = (_before_swap(str(settings.student)),)
+        teacher = (_before_swap(str(settings.student), settings.recipe),)
     update = {
         "teacher": tuple(str(Path(each).absolute()) if is_saved(each) else each for each in teacher),
         "student": str(Path(str(settings.student)).absolute()) if is_saved(str(settings.student)) else settings.student,
@@ -73,12 +75,12 @@ def settled(settings: DistillSettings) -> DistillSettings:
     return settings.model_copy(update={"tokenizer": "teacher"}) if own_tokenizer == "teacher" else settings
 
 
-def _before_swap(student: str) -> str:
+def _before_swap(student: str, recipe: str) -> str:
     """The model that a swapped one was made from."""
     about = Path(student) / SWAP
     if not about.is_file():
         raise SettingsError(
-            f"teacher: none given, and {student} does not say what it was made from; heal takes the folder that "
+            f"teacher: none given, and {student} does not say what it was made from; {recipe} takes the folder that "
             "`headwise swap` wrote, or give --teacher"
         )
     return str(read_object(about, 1 << 20).get("from"))
@@ -120,6 +122,8 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
         _check_sizes(teacher.spec, settings, None, "teacher")
         _check_words(teacher, dataset.tokenizer, settings)
         Matching(teacher.spec, spec, settings)  # shapes that do not fit
+        if any(stage.layerwise for stage in stages_of(settings)):
+            check_layerwise(spec, teacher.spec)
     check_vein(spec, settings)
     if settings.epochs is not None:
         windows = len(Windows(dataset.train, settings.seq_len, settings.loss_on))

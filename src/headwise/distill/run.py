@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from headwise.distill.job import fill_stores, prepare, settled
+from headwise.distill.lora import merge_lora
 from headwise.distill.settings import DistillSettings
 from headwise.distill.trainer import DistillTrainer
 from headwise.errors import DataError, FormatError, SettingsError
 from headwise.io.checkpoint import load_newest
-from headwise.io.pretrained import load
 from headwise.train.folder import RunFolder
 from headwise.train.job import torch_state
 from headwise.train.loop import OnProgress, Run, TrainResult, Warn
@@ -87,8 +85,6 @@ def distill(
     fill_stores(job, say, progress)
     with torch_state(job.settings, job.device):
         trainer = DistillTrainer(job)
-        if job.start is not None:  # here alone: who resumes has the weights of a checkpoint
-            trainer.model.load_state_dict(load(job.start, dtype=torch.float32).state_dict())
         if folder is None:
             return _run(trainer, str(job.spec), None).finish(on_progress, progress)
         teachers = [{"name": each.name, "fingerprint": each.fingerprint} for each in job.teachers]
@@ -162,6 +158,7 @@ def _run(
 ) -> Run[DistillResult]:
     def summary(**fields: Any) -> DistillResult:
         measured = dict(trainer.measured)
+        merge_lora(trainer.model)
         return DistillResult(
             **fields,
             teachers=tuple(teacher.name for teacher in trainer.job.teachers),

@@ -128,7 +128,7 @@ class DistillSettings(TrainSettings):
                 yield fields, text
         if self.epochs is not None and "steps" in self.model_fields_set:
             yield ("epochs", "steps"), f"epochs: {self.epochs:g} and steps={self.steps} exclude each other; give one"
-        if not self.teacher and self.recipe != "heal":  # heal knows it: the model before the swap
+        if not self.teacher and self.recipe == "kv":  # the others take the model before the swap
             yield ("teacher",), "teacher: none given; a model's folder, a .gguf file or a line, as runs/teacher"
         if self.student is None:
             yield ("student",), "student: none given; a line such as 'llama(attention=gqa(kv_heads=2))', or a folder"
@@ -184,6 +184,11 @@ class DistillSettings(TrainSettings):
             yield ("stages", "recipe"), f"stages: {len(self.stages)} shares given, {self.recipe} has {n_stages}"
         if not all(0 <= share < float("inf") for share in self.stages) or (self.stages and not sum(self.stages)):
             yield ("stages",), f"stages: given {self.stages}, shares should be finite, none negative, not all 0"
+        if n_stages > 1 and self.vein_freeze:
+            yield (
+                ("recipe", "vein_freeze"),
+                f"vein_freeze: {self.recipe} says what is trained when; leave it out",
+            )
         if n_stages > 1 and self.cache_teacher:
             yield (
                 ("recipe", "cache_teacher"),

@@ -12,10 +12,13 @@ from torch import nn
 
 from headwise.distill.capture import capture
 from headwise.distill.job import batches_of
+from headwise.distill.lora import add_lora
 from headwise.distill.losses import logit_kd
 from headwise.distill.matching import Matching, Seen
 from headwise.distill.measure import measure
+from headwise.distill.recipes import SIGNALS, Layerwise, Stage, has_updates, layerwise_loss, staged_schedule, stages_of
 from headwise.distill.router import Router, mixture_loss, prompts
+from headwise.io.pretrained import load
 from headwise.io.tensors import fill_module, module_tensors
 from headwise.train.objective import IGNORED, Example
 from headwise.train.parts import evaluate_examples
@@ -45,7 +48,11 @@ class Lesson(Example):
         return torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device) < self.lengths_B[:, None]
 
 
-BESIDE = "beside/"  # before the names of what learns beside the student, in a checkpoint
+# Before the names, in a checkpoint's second file: what learns beside the student, and a student's weights apart from
+# the low-rank updates that its own file has added to them.
+BESIDE, UPDATED = "beside/", "updated/"
+PARAMETRISED = ".parametrizations."
+ATTENTION_MAPS = ("wq", "wk", "wv", "wo")
 
 
 class Beside(nn.Module):
@@ -66,11 +73,21 @@ class DistillTrainer(Trainer):
     def __init__(self, job: DistillJob) -> None:
         super().__init__(job)
         self.objective = self.lesson
+        self.stages = stages_of(job.settings)
+        self.schedule = staged_schedule(job.settings, self.stages)
+        self._try_stages()
         self.sums: dict[str, Tensor] = {}  # of each loss since the last record
         self.measured: dict[str, Any] = {}
 
     def make_trained(self) -> nn.Module:
         job, settings = self.job, self.job.settings
+        if job.start is not None:  # who resumes has the weights of a checkpoint instead
+            self.model.load_state_dict(load(job.start, dtype=torch.float32).state_dict())
+        if has_updates(settings):
+            held = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+            rank, maps = settings.lora_rank, sorted(held.intersection(ATTENTION_MAPS))
+            add_lora(self.model, rank, 2.0 * rank, maps)
+            self.model.requires_grad_(True)
         with torch.random.fork_rng(devices=[]):  # whatever is drawn here, the student's dropout stays the same
             self.matchings = [Matching(teacher.spec, job.spec, settings) for teacher in job.teachers]
         others: dict[str, nn.Module] = {"aligner": nn.ModuleList(self.matchings)}
@@ -97,23 +114,48 @@ class DistillTrainer(Trainer):
 
     # ---- one step ----
 
+    @property
+    def stage(self) -> Stage:
+        """The recipe's stage of the next update; of the last one when all is done."""
+        return next((stage for stage in self.stages if self.at.step < stage.last), self.stages[-1])
+
+    def update(self) -> None:
+        if len(self.stages) > 1:
+            self.stage.free(self.model)
+        super().update()
+
+    @torch.no_grad()
+    def _try_stages(self) -> None:
+        """Two tokens through every loss between layers, so that layers which cannot be compared are refused at once."""
+        ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=self.job.device)
+        part = Lesson(ids_BT, ids_BT, lengths_B=torch.full((1,), 2))
+        for stage in self.stages:
+            if stage.layerwise is not None:
+                self.between_layers(stage.layerwise, part)
+
+    def between_layers(self, kind: Layerwise, part: Lesson) -> Tensor:
+        """The loss of a stage that goes layer by layer."""
+        seen = self.look(0, part, SIGNALS[kind])
+        return layerwise_loss(kind, self.model, self.job.teachers[0].model, seen.signals, seen.mask_BT)
+
     def part_loss(self, part: Example, count: int, n_parts: int) -> tuple[Tensor, Tensor]:
         assert isinstance(part, Lesson)
-        losses = {name: loss / (count if name == "task" else n_parts) for name, loss in self.losses(part).items()}
-        weights = self.weights
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        kind, weights = self.stage.layerwise, self.weights
+        found = self.losses(part) if kind is None else {kind: self.between_layers(kind, part)}
+        losses = {name: loss / (count if name == "task" else n_parts) for name, loss in found.items()}
+        total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
-        aux = self.model.aux_loss()
+        aux = self.model.aux_loss() if kind is None else None
         return total.detach(), total if aux is None else total + aux / n_parts
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """What each loss is multiplied by."""
+        """What each loss is multiplied by, where it is not 1."""
         settings = self.job.settings
         kv, logits = settings.lambda_kv, settings.logit_kd[1] if settings.logit_kd else 0.0
         others = {"struct": settings.lambda_struct, "hidden": settings.hidden, "logits": logits}
-        return {"task": 1.0, "k": kv, "v": kv, "output": kv, **others, "router": 1.0}
+        return {"k": kv, "v": kv, "output": kv, **others}
 
     def losses(self, part: Lesson) -> dict[str, Tensor]:
         """The losses by name, 0-d: `task` is the sum over the targets, the others are means over tokens.
@@ -174,7 +216,9 @@ class DistillTrainer(Trainer):
 
     def checked_loss(self, part: Example) -> Tensor:
         assert isinstance(part, Lesson)
-        return torch.stack(list(self.losses(part).values())).sum()
+        kind = self.stage.layerwise
+        found = self.losses(part).values() if kind is None else [self.between_layers(kind, part)]
+        return torch.stack(list(found)).sum()
 
     # ---- evaluation, records and checkpoints ----
 
@@ -199,18 +243,38 @@ class DistillTrainer(Trainer):
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As training's; the optimiser's file also has what learns beside the student."""
-        model, others = super().tensors()
-        return model, others | {f"{BESIDE}{name}": tensor for name, tensor in module_tensors(self.beside).items()}
+        held, others = super().tensors()
+        beside = {f"{BESIDE}{name}": tensor for name, tensor in module_tensors(self.beside).items()}
+        updated = {f"{UPDATED}{name}": tensor for name, tensor in held.items() if PARAMETRISED in name}
+        return plain_tensors(self.model), others | beside | updated
 
     def numbers(self) -> dict[str, Any]:
         sums = {name: value.item() for name, value in self.sums.items()}
         return {**super().numbers(), "sums": sums, "measured": self.measured}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        own = {name: tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(BESIDE)}
-        rest = {name: tensor for name, tensor in checkpoint.optimizer.items() if name not in own}
-        super().restore(replace(checkpoint, optimizer=rest))
-        fill_module(self.beside, {name.removeprefix(BESIDE): tensor for name, tensor in own.items()}, checkpoint.path)
+        own: dict[str, dict[str, Tensor]] = {BESIDE: {}, UPDATED: {}, "": {}}
+        for name, tensor in checkpoint.optimizer.items():
+            kind = next(prefix for prefix in own if name.startswith(prefix))
+            own[kind][name.removeprefix(kind)] = tensor
+        merged = {name.partition(PARAMETRISED)[0] + ".weight" for name in own[UPDATED]}
+        model = {name: tensor for name, tensor in checkpoint.model.items() if name not in merged} | own[UPDATED]
+        super().restore(replace(checkpoint, model=model, optimizer=own[""]))
+        fill_module(self.beside, own[BESIDE], checkpoint.path)
         state = checkpoint.state
         self.sums = {name: torch.tensor(value, device=self.job.device) for name, value in state["sums"].items()}
         self.measured = state["measured"]
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A student's tensors with low-rank updates added, under the names of a model without any."""
+    made = {}
+    for name, tensor in module_tensors(model).items():
+        owner, parametrised, leaf = name.partition(PARAMETRISED)
+        if not parametrised:
+            made[name] = tensor
+        elif leaf == "weight.original":
+            updated = model.get_submodule(owner)
+            assert isinstance(updated, nn.Linear)
+            made[f"{owner}.weight"] = updated.weight.detach()
+    return made
