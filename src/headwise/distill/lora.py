@@ -37,7 +37,7 @@ def add_lora(
     """Give the named linear maps low-rank updates and freeze everything else.
 
     Args:
-        model: changed in place; its logits stay what they are, to the bit.
+        model: changed in place; its logits stay what they are.
         rank: r, at least 1; alpha: α.
         names: the maps' own names, in every layer that has them.
 
