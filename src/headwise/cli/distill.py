@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from headwise.cli.arguments import Parser, say, show
-from headwise.cli.outcome import new_folder, tell_run
+from headwise.cli.outcome import new_folder, tell_ab, tell_run
 from headwise.distill.settings import DistillSettings
 from headwise.errors import SettingsError, one_of
 
@@ -28,6 +29,14 @@ PROFILE_EXAMPLES = """
 distill profile --projection structured --teacher runs/teacher --student llama
 distill profile --projection flat --teacher smollm2.gguf --student 'llama(d_model=256, n_layers=8)' --seq-len 256
 """
+AB_EXAMPLES = """
+distill ab --teacher runs/teacher --student 'llama(d_model=64, n_layers=2, n_heads=4)' --steps 500 --out runs/ab
+distill ab --teacher runs/teacher --student llama --arms none,flat,structured,flat:lambda_kv=2 --seeds 8
+distill ab --teacher smollm2.gguf --student 'llama(d_model=256)' --data gsm8k/ --format gsm8k --cache-teacher
+"""
+COMPARE_EXAMPLES = """
+distill compare --baseline runs/flat --experimental runs/structured --output AB_RESULTS.md
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if subject not in SUBJECTS:
         raise SettingsError(f"{one_of(subject, SUBJECTS, 'subject')}; see `headwise distill --help`")
-    return {"run": _run, "profile": _profile}[subject](with_own_words(rest))
+    return {"run": _run, "profile": _profile, "ab": _ab, "compare": _compare}[subject](with_own_words(rest))
 
 
 def overview() -> str:
@@ -100,3 +109,40 @@ def _profile(argv: Sequence[str]) -> int:
     found = profile(DistillSettings(**arguments.settings), rounds=arguments.options.rounds)
     show(arguments, found.as_json(), lambda: print(found))
     return int(bool(found.not_finite))
+
+
+def _ab(argv: Sequence[str]) -> int:
+    from headwise.lab.ab import ABSettings, ab
+
+    parser = Parser(
+        "distill ab",
+        "Distil by every arm on several seeds, and judge each against the baseline: same student, batches, order and\n"
+        "steps. The folder --out (default runs/ab-TIME) gets report.html, AB_RESULTS.md, result.json, result.csv; the\n"
+        "same command goes on where a stopped one was, also with more --seeds or other --arms.",
+        AB_EXAMPLES,
+    )
+    arguments = parser.read(argv, ABSettings)
+    settings = ABSettings(**{"out": new_folder("ab"), **arguments.settings})
+    return tell_ab(arguments, ab(settings, progress=True), Path(settings.out or ""))
+
+
+def _compare(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "distill compare",
+        "Two finished runs of `headwise distill run` against each other: losses, steps, likeness to the teacher with\n"
+        "its control, and in what else the two differ. Markdown, on stdout or in --output.",
+        COMPARE_EXAMPLES,
+    )
+    parser.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="the --out of one run")
+    parser.add_argument("--experimental", type=Path, required=True, metavar="DIR", help="that of the other")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the Markdown goes, as AB_RESULTS.md")
+    arguments = parser.read(argv)
+    options = arguments.options
+
+    from headwise.lab.ab import compare_runs
+    from headwise.lab.ab.markdown import markdown
+
+    result = compare_runs(options.baseline, options.experimental, options.output)
+    text = f"report: {options.output}" if options.output else markdown(result).rstrip()
+    show(arguments, result.model_dump(mode="json"), lambda: print(text))
+    return 0

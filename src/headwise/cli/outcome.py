@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.cli.arguments import Arguments, print_json
 
 if TYPE_CHECKING:
+    from headwise.lab.ab.result import ABResult
     from headwise.lab.result import CompareResult
     from headwise.train import TrainResult
 
@@ -38,6 +40,17 @@ def tell_run(arguments: Arguments, result: TrainResult) -> None:
 
 def tell_comparison(arguments: Arguments, result: CompareResult, out: Path) -> int:
     """The verdict, in a table and in words. The exit status is 1 where a line has no finished run at all."""
+    return _tell_verdict(arguments, result, out, result.verdict_lines)
+
+
+def tell_ab(arguments: Arguments, result: ABResult, out: Path) -> int:
+    """As `tell_comparison`, with what the likeness of student and teacher is worth, and the claims."""
+    from headwise.lab.ab.words import sentences
+
+    return _tell_verdict(arguments, result, out, lambda: sentences(result))
+
+
+def _tell_verdict(arguments: Arguments, result: CompareResult, out: Path, sentences: Callable[[], list[str]]) -> int:
     status = int(any(variant.val_loss.mean is None for variant in result.variants))
     if arguments.options.json:
         print_json({**result.model_dump(mode="json"), "out": str(out)})
@@ -50,7 +63,7 @@ def tell_comparison(arguments: Arguments, result: CompareResult, out: Path) -> i
     console.print()
     console.print(render_table(result))
     console.print()
-    for sentence in result.verdict_lines():
+    for sentence in sentences():
         console.print(sentence, markup=False, highlight=False)
     for run in result.failed_runs:
         console.print(f"failed: {run.label}, seed {run.seed}: {run.error}", markup=False, highlight=False, style="red")

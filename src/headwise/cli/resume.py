@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headwise.cli.arguments import Parser, say
-from headwise.cli.outcome import tell_comparison, tell_run
+from headwise.cli.outcome import tell_ab, tell_comparison, tell_run
 from headwise.train.folder import RunFolder
 
 EXAMPLES = """
@@ -22,7 +22,10 @@ def main(argv: Sequence[str]) -> int:
         EXAMPLES,
     )
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="the --out of `headwise train`, `distill run` or `compare`"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="the --out of `headwise train`, `compare` or `distill`",
     )
     arguments = parser.read(argv)
     folder: Path = arguments.options.folder
@@ -30,6 +33,10 @@ def main(argv: Sequence[str]) -> int:
         from headwise.lab.compare import resume_comparison
 
         return tell_comparison(arguments, resume_comparison(folder, progress=True), folder)
+    if (folder / "ab.json").exists():
+        from headwise.lab.ab import resume_ab
+
+        return tell_ab(arguments, resume_ab(folder, progress=True), folder)
     if RunFolder(folder).is_distilled:
         from headwise.distill import resume as go_on
 

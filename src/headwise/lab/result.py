@@ -9,7 +9,7 @@ Losses are nats a token, times are seconds, sizes are bytes. What could not be m
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -232,7 +232,7 @@ class CompareResult(Setup):
     failed_runs: list[FailedRun] = []
 
     @classmethod
-    def load(cls, path: str | Path) -> CompareResult:
+    def load(cls, path: str | Path) -> Self:
         """Read `result.json`, given itself or its folder. FormatError: missing, malformed or of a newer schema."""
         path = Path(path)
         if path.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from headwise.lab.ab.result import ABResult
-from headwise.lab.ab.words import contrast, headline, likeness, own_and_shuffled, reach
+from headwise.lab.ab.words import contrast, headline, likeness, number, own_and_shuffled, reach
 from headwise.lab.claims import CLAIMS, findings
 from headwise.lab.render import NONE, difference, interval, loss, p_value, phrase, quantity, verdict
 
@@ -34,13 +34,12 @@ def markdown(result: ABResult) -> str:
 
 
 def _facts(result: ABResult) -> str:
-    steps = result.variants[0].steps
-    about = f"{len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}, {steps:,} steps each" if steps else ""
+    baseline, n = result.variants[0], len(result.seeds)
+    steps = f", {baseline.steps:,} steps each" if baseline.steps else ""
     return (
-        f"Baseline **{result.variants[0].label}**; {about}; all arms see the same batches in the same order for a "
-        f"seed, start from the same student and are evaluated on the whole validation split without the teacher. "
-        f"Data {result.dataset.name}, margin ±{100 * result.margin:g} %.\n\n"
-        f"Teacher `{', '.join(result.teacher)}`; student `{result.student}`, {result.variants[0].params:,} parameters."
+        f"Baseline **{baseline.label}**; {n} seed{'s' * (n != 1)}{steps}. {result.conditions}".rstrip()
+        + f"\n\nTeacher `{', '.join(result.teacher)}`; student `{result.student}`, {baseline.params:,} parameters; "
+        f"data {result.dataset.name}; margin of what matters ±{100 * result.margin:g} %."
     )
 
 
@@ -118,7 +117,7 @@ def _likeness(result: ABResult) -> list[str]:
     text = "## Student and projected teacher\n\n" + "\n".join(f"- **{arm.arm}** {likeness(arm)}" for arm in measured)
     for name, title in NAMES.items():
         rows = [
-            [f"{arm.arm}, {what}", *(NONE if x is None else f"{x:.3f}" for x in layers)]
+            [f"{arm.arm}, {what}", *(NONE if x is None else number(x) for x in layers)]
             for arm in measured
             if (alignment := arm.alignment.get(name)) is not None
             for what, layers in (("own", alignment.layers), ("shuffled", alignment.shuffled_layers))

@@ -85,7 +85,8 @@ def _names(one: DistillSettings, other: DistillSettings, baseline: Path, experim
     if one.run_name and other.run_name and one.run_name != other.run_name:
         return [one.run_name, other.run_name]
     parts = [path.absolute().parts for path in (baseline, experimental)]
-    depth = next((n for n in range(1, min(map(len, parts))) if parts[0][-n:] != parts[1][-n:]), 1)
+    least = 2 if all(each[-1].startswith("seed-") for each in parts) else 1  # the runs of an A/B
+    depth = next((n for n in range(least, min(map(len, parts))) if parts[0][-n:] != parts[1][-n:]), least)
     names = ["/".join(each[-depth:]) for each in parts]
     return names if names[0] != names[1] else [names[0], f"{names[1]} #2"]
 

@@ -20,6 +20,7 @@ CKAS = ("cka_k", "cka_v", "cka_output")
 MEASURES = (*COSINES, *CKAS)
 SHUFFLED = "_shuffled"
 
+Collapse = Literal["collapsed", "mostly", "no", "unlike"]
 Layers = list[FiniteFloat | None]
 
 
@@ -100,8 +101,8 @@ class ArmResult(_Model):
     train_loss: Loss = Field(description="the task's loss, mean over the whole training: lower is a faster fall")
     steps_to_baseline: Reach
     alignment: dict[str, Alignment]
-    collapse: Literal["collapsed", "mostly", "no"] | None = Field(
-        description="whether the likeness survives shuffled teachers; None where none was measured"
+    collapse: Collapse | None = Field(
+        description="whether the cosine is there with shuffled teachers too; None where it was not measured"
     )
 
 
@@ -123,6 +124,7 @@ class ABResult(CompareResult):
     student: str
     arms: list[ArmResult]
     contrasts: list[Contrast]
+    conditions: str = Field("", description="what is equal for all arms, as a sentence")
     notes: list[str] = Field([], description="what a reader must know of how the runs came about, as sentences")
 
     def arm(self, name: str) -> ArmResult:

@@ -36,6 +36,10 @@ from headwise.lab.runs import PlannedRun, run_missing
 from headwise.lab.worker import MARK
 from headwise.train.guards import StopRequest, catch_signals
 
+CONDITIONS = (
+    "For one seed all arms see the same batches in the same order and start from the same student, for as many steps; "
+    "losses are those of the student alone, over the whole validation split."
+)
 OBJECTIVE = "causal language modelling, and what each arm learns from the teacher"
 
 
@@ -93,14 +97,16 @@ def resume_ab(out: Path | str, *, on_progress: OnProgress | None = None, progres
     return ab(ABFolder(Path(out)).begun(), on_progress=on_progress, progress=progress)
 
 
-def save(result: ABResult, folder: Path) -> None:
-    """Write result.json, result.csv, report.html and AB_RESULTS.md."""
+def save(result: ABResult, folder: Path) -> Path:
+    """Write result.json, result.csv, AB_RESULTS.md and report.html, whose path is given back."""
+    from headwise.lab.report import FILE_NAME
     from headwise.lab.report.ab import report_html
 
     result.save(folder)
     result.to_csv(folder / "result.csv")
-    write_text(folder / "report.html", report_html(result))
     write_text(folder / markdown.FILE_NAME, markdown.markdown(result))
+    write_text(folder / FILE_NAME, report_html(result))
+    return folder / FILE_NAME
 
 
 def _quoted(path: Path) -> str:
@@ -163,6 +169,7 @@ def _finish(
         teacher=plan.settings.teacher,
         student=str(plan.settings.student),
         commands=[plan.command(arm) for arm in plan.arms],
+        conditions=CONDITIONS,
     )
 
 

@@ -18,6 +18,7 @@ from headwise.lab.ab.result import (
     ABResult,
     Alignment,
     ArmResult,
+    Collapse,
     Contrast,
     DistillRecord,
     Reach,
@@ -29,6 +30,7 @@ Numbers = Sequence[float | None]
 
 # A likeness of which the shuffled teachers reach such a share is not the text's.
 COLLAPSED, MOSTLY = 0.9, 0.5
+LITTLE = 0.1  # a cosine below it is no likeness whose worth could be asked for
 
 
 def summarise_ab(
@@ -40,6 +42,7 @@ def summarise_ab(
     teacher: Sequence[str],
     student: str,
     commands: Sequence[str],
+    conditions: str = "",
     notes: Sequence[str] = (),
 ) -> ABResult:
     """Judge every arm against the first, and every arm against those that differ from it in one setting.
@@ -66,6 +69,7 @@ def summarise_ab(
         student=student,
         arms=results,
         contrasts=_contrasts(arms, [v.val_loss for v in base.variants], results, setup),
+        conditions=conditions,
         notes=list(notes),
     )
 
@@ -165,11 +169,13 @@ def _mean_series(courses: Sequence[Series]) -> Series:
     return Series(step=steps, loss=[sum(table[step] for table in tables) / len(tables) for step in steps])
 
 
-def _collapse(cosines: Sequence[Alignment]) -> Any:
+def _collapse(cosines: Sequence[Alignment]) -> Collapse | None:
     own, shuffled = _mean([each.mean for each in cosines]), _mean([each.shuffled for each in cosines])
     if own is None or shuffled is None:
         return None
-    if own <= 0 or shuffled < MOSTLY * own:
+    if own < LITTLE:
+        return "unlike"
+    if shuffled < MOSTLY * own:
         return "no"
     return "collapsed" if shuffled >= COLLAPSED * own else "mostly"
 

@@ -32,8 +32,8 @@ def likeness(arm: ArmResult) -> str:
     own, shuffled = _mean(each.mean for each in cosines), _mean(each.shuffled for each in cosines)
     if own is None or shuffled is None:
         return "has no projected teacher to be compared with."
-    text = f"reaches a cosine of {own:.3f} with its own teacher and {shuffled:.3f} with shuffled ones, a gap of "
-    text += f"{signed(own - shuffled, 3)}.{_rise(cosines)}"
+    text = f"reaches a cosine of {number(own)} with its own teacher and {number(shuffled)} with shuffled ones, a gap "
+    text += f"of {signed(own - shuffled, 3)}.{_rise(cosines)}"
     if arm.collapse == "collapsed":
         text += (
             " This cosine shows no alignment: teachers of other texts reach as good as the same. The projected teacher "
@@ -42,12 +42,14 @@ def likeness(arm: ArmResult) -> str:
         )
     elif arm.collapse == "mostly":
         text += " Most of this cosine is there with teachers of other texts too; only the gap is owed to the text."
-    else:
+    elif arm.collapse == "no":
         text += " Most of this cosine is owed to the text."
+    else:
+        text += " Neither is any likeness to speak of."
     cka = [arm.alignment[name] for name in CKAS if name in arm.alignment]
     own, shuffled = _mean(each.mean for each in cka), _mean(each.shuffled for each in cka)
     if own is not None and shuffled is not None:
-        text += f" CKA, which no projector touches, is {own:.3f} ({shuffled:.3f} shuffled)."
+        text += f" CKA, which no projector touches, is {number(own)} ({number(shuffled)} shuffled)."
     return text
 
 
@@ -63,8 +65,8 @@ def _rise(cosines: Sequence[Alignment]) -> str:
     if a is None or b is None or c is None or d is None:
         return ""
     return (
-        f" From the first evaluation to the last the one {_went(a, b)} from {a:.3f} to {b:.3f}, "
-        f"the other {_went(c, d)} from {c:.3f} to {d:.3f}."
+        f" From the first evaluation to the last the one {_went(a, b)} from {number(a)} to {number(b)}, "
+        f"the other {_went(c, d)} from {number(c)} to {number(d)}."
     )
 
 
@@ -101,8 +103,13 @@ def own_and_shuffled(alignment: Alignment | None) -> str:
     """`0.912 (0.401)`"""
     if alignment is None or alignment.mean is None:
         return NONE
-    other = "" if alignment.shuffled is None else f" ({alignment.shuffled:.3f})"
-    return f"{alignment.mean:.3f}{other}"
+    other = "" if alignment.shuffled is None else f" ({number(alignment.shuffled)})"
+    return f"{number(alignment.mean)}{other}"
+
+
+def number(value: float) -> str:
+    """Three digits, with a real minus sign."""
+    return f"{value:.3f}".replace("-", "−")
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
