@@ -81,9 +81,7 @@ def aligner_of(kv_mode: str, teacher: Any, student: Any) -> torch.nn.Module:
     )
 
 
-def step(
-    kv_mode: str, aligner: Any, teacher: Any, student: Any, structural: StructuralKVLoss | None
-) -> dict[str, Tensor]:
+def step(mode: str, aligner: Any, teacher: Any, student: Any, structural: StructuralKVLoss | None) -> dict[str, Tensor]:
     """The losses of one step, as the document has them, and the aligned keys."""
     b = batch()
     with torch.no_grad():
