@@ -103,23 +103,37 @@ def test_neighbouring_blocks_are_one_stretch() -> None:
 
 
 def test_a_cpu_gathers_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are met as views of the pool: none of them lies in memory of its own."""
-    key_cache, value_cache, tables, lengths = pool(8, LENGTHS, torch.float32)
-    pools, seen = {key_cache.untyped_storage().data_ptr(), value_cache.untyped_storage().data_ptr()}, []
+    """Long stretches are met as views of the pool; what is put together is never more than a piece."""
+    monkeypatch.setattr(stretches, "PIECE", 24)
+    caches, q = pool(8, [200, 9], torch.float32), query(2, H, E, dtype=torch.float32)
+    caches[2][1] = torch.arange(caches[2].shape[1])  # one row of strewn blocks, one whose blocks are neighbours
+    held, copied, viewed = caches[0].untyped_storage().data_ptr(), [], []
 
     def watch(attention: Any, several: bool) -> Any:
         def call(q: Tensor, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Tensor:
-            keys, values = (list(x) for x in (keys, values)) if several else ([keys], [values])
-            seen.extend(x.untyped_storage().data_ptr() for x in (*keys, *values))
-            return attention(q, *((keys, values) if several else (keys[0], values[0])), *args, **kwargs)
+            keys = list(keys) if several else [keys]
+            for k in keys:
+                (viewed if k.untyped_storage().data_ptr() == held else copied).append(k.shape[-2])
+            return attention(q, keys if several else keys[0], values, *args, **kwargs)
 
         return call
 
     monkeypatch.setattr(stretches.pieces, "attention", watch(stretches.pieces.attention, True))
     monkeypatch.setattr(stretches.block, "attend", watch(stretches.block.attend, False))
-    paged_attention.attention(query(B, H, E, dtype=torch.float32), key_cache, value_cache, tables, lengths)
-    assert seen
-    assert set(seen) <= pools
+    paged_attention.attention(q, *caches)
+    assert copied
+    assert max(copied) <= 24
+    assert viewed
+
+
+@pytest.mark.parametrize("piece", [1, 24, 70])
+@pytest.mark.parametrize("T", [1, 3, 70])
+def test_pieces_of_any_size_give_one_result(monkeypatch: pytest.MonkeyPatch, piece: int, T: int) -> None:
+    monkeypatch.setattr(stretches, "PIECE", piece)
+    caches, q = pool(8, [200, 150], torch.float64), query(2, H, T, E)
+    for scores in SCORES:
+        scores = {k: v.double() if isinstance(v, Tensor) else v for k, v in scores.items()}
+        torch.testing.assert_close(paged_attention.attention(q, *caches, **scores), exact(q, caches, scores))
 
 
 @pytest.mark.parametrize("splits", [1, 3])

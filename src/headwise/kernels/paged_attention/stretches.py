@@ -1,8 +1,9 @@
 """Paged attention on a CPU, where a gathered copy of the cache would triple the memory that is read.
 
 Blocks of a sequence that lie side by side in the pool are one stretch of keys, which is looked at in place: a sequence
-that grew alone is a single stretch and costs what a contiguous cache does. Several stretches are met one by one
-(`kernels.attention.pieces`).
+that grew alone is a single stretch and costs what a contiguous cache does. Of several stretches, short ones are put
+together to pieces of at most `PIECE` tokens, since a call for each costs more than the copy of one; the pieces are met
+one by one (`kernels.attention.pieces`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from headwise.kernels.attention import block, pieces, sdpa
 
 Stretch = tuple[int, int]  # slots start…stop−1 of the pool; slot = block · block_size + offset
+PIECE = 1024
 ROWS = 64  # queries that meet several stretches at once: bounds their scores to ROWS × S
 
 
@@ -43,6 +45,25 @@ def cut(stretches: Sequence[Stretch], low: int, high: int) -> list[Stretch]:
     return found
 
 
+def put_together(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
+    """Neighbours in the text, as many as `PIECE` tokens have room for; a longer stretch stands alone."""
+    pieces: list[list[Stretch]] = []
+    room = 0
+    for start, stop in stretches:
+        room -= stop - start
+        if room < 0:
+            pieces.append([])
+            room = PIECE - (stop - start)
+        pieces[-1].append((start, stop))
+    return pieces
+
+
+def take(held_KN: Tensor, piece: Sequence[Stretch]) -> Tensor:
+    """The slots of a piece, [K,n,·]: where they lie, if that is in one stretch."""
+    parts = [held_KN[:, start:stop] for start, stop in piece]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def attention(
     q_HTE: Tensor,
     k_KNE: Tensor,
@@ -63,11 +84,11 @@ def attention(
     """
     T, S = q_HTE.shape[1], sum(stop - start for start, stop in stretches)
     low = pieces.first_seen(T, S, window)
-    seen = cut(stretches, low, S)
+    seen = put_together(cut(stretches, low, S))
     scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_H": sink_H}
     if len(seen) == 1:
-        (start, stop), mask = seen[0], None
-        q, k, v = q_HTE[None], k_KNE[None, :, start:stop], v_KND[None, :, start:stop]
+        mask = None
+        q, k, v = q_HTE[None], take(k_KNE, seen[0])[None], take(v_KND, seen[0])[None]
         if key_bias_HS is not None:
             mask = key_bias_HS[:, None, low:S]
         if bias_factors is not None:
@@ -82,13 +103,13 @@ def attention(
         stop = min(start + ROWS, T)
         high = S - T + stop
         first = pieces.first_seen(stop - start, high, window)
-        blocks, factors = cut(stretches, first, high), None
+        found, factors = put_together(cut(stretches, first, high)), None
         if bias_factors is not None:
             factors = bias_factors[0][..., start:stop, :], bias_factors[1]
         outputs.append(
             pieces.attention(
                 q_HTE[None, :, start:stop],
-                (k_KNE[:, a:b] for a, b in blocks), (v_KND[:, a:b] for a, b in blocks), first, high,
+                (take(k_KNE, piece) for piece in found), (take(v_KND, piece) for piece in found), first, high,
                 window=window, bias_factors=factors,
                 mask_HTS=None if key_bias_HS is None else key_bias_HS[:, None, first:high], **scores,
             )[0]
