@@ -122,7 +122,7 @@ def load_examples(
     Raises DataError, in one line with file and row, for what cannot be read, split, cut into parts or encoded.
     """
     if format == "auto":
-        format = _detected(data)
+        format = detected(data)
     if format == "text" and (train_limit is not None or val_limit is not None):
         raise SettingsError("train_limit and val_limit count examples with parts; these data are plain text")
     if format == "text" and not keep_texts:
@@ -152,7 +152,8 @@ def load_examples(
     return Examples(name, made, train, val, fingerprint, parts, format)
 
 
-def _detected(data: str | Path) -> Format:
+def detected(data: str | Path) -> Format:
+    """What `data` look like by their first row; "text" for all but files of JSON lines."""
     if str(data) == EMBEDDED or str(data).startswith("hf:"):
         return "text"
     first = next(iter(files_of(data).values()))[0]

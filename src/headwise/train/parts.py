@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from headwise.errors import DataError, SettingsError
-from headwise.train.evaluation import EvalResult, autocast, rows_at_once
+from headwise.train.evaluation import EvalResult, autocast, rows_at_once, together_over
 from headwise.train.objective import IGNORED
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ class PartsResult(EvalResult):
 
     by_part: dict[str, float]
     tokens_by_part: dict[str, int]
+
+
+def parts_together(results: Sequence[PartsResult], n_bytes: Sequence[int]) -> PartsResult:
+    """The result over several splits, as `together_over`."""
+    whole = together_over(results, n_bytes)
+    names = dict.fromkeys(name for result in results for name in result.by_part)
+    counts = {name: sum(result.tokens_by_part.get(name, 0) for result in results) for name in names}
+    sums = {name: sum(r.by_part[name] * r.tokens_by_part[name] for r in results if name in r.by_part) for name in names}
+    by_part = {name: sums[name] / counts[name] for name in names}
+    return PartsResult(whole.nats, whole.bits_per_byte, whole.n_tokens, by_part, counts)
 
 
 def evaluate_examples(
