@@ -19,6 +19,7 @@ PAGES += [
     ROOT / "docs/generation.md",
     ROOT / "docs/published-models.md",
     ROOT / "docs/caches.md",
+    ROOT / "docs/distillation.md",
     ROOT / "docs/quantisation.md",
 ]
 
