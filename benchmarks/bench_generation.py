@@ -120,8 +120,9 @@ def worker(who: str, path: str, kept: str, work: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        with torch.inference_mode():
-            task = headwise_work(path, kept or None, work) if who == "headwise" else transformers_work(path, work)
+        # Without inference mode: transformers' batches run in a thread of their own, which could not write to tensors
+        # made here; each side puts itself into it.
+        task = headwise_work(path, kept or None, work) if who == "headwise" else transformers_work(path, work)
     task()
     print("ready", flush=True)
     for _ in sys.stdin:

@@ -19,7 +19,8 @@ from torch import Tensor
 from headwise.kernels.packed_linear.naive import join_codes, split_codes
 
 GROUP_SIZES = (32, 64, 128, 256)  # of the int4 kernel
-FEW = {torch.int8: 24, torch.uint8: 96}  # rows: with more of them spreading the weights out is the quicker way
+FEW = {torch.int8: 16, torch.uint8: 72}  # rows: with more of them spreading the weights out is the quicker way
+SPREAD = 1 << 20  # numbers that are spread out at once: they should still be in the processor's cache when multiplied
 
 
 @cache
@@ -79,7 +80,9 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     *shape, K = x.shape
     rows = x.to(torch.bfloat16).reshape(-1, K)
     if rows.shape[0] > FEW[codes.dtype]:
-        y = rows @ _spread(codes, scales)
+        n = max(64, SPREAD // K // 64 * 64)  # whole blocks of the int4 kernel
+        parts = zip(codes.split(n), scales.split(n, 0 if codes.dtype == torch.int8 else 1))
+        y = torch.cat([rows @ _spread(*part) for part in parts], -1)
     elif codes.dtype == torch.int8:
         y = torch._weight_int8pack_mm(rows, codes, scales)
     else:
