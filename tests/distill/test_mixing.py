@@ -12,7 +12,7 @@ from torch import Tensor
 from headwise.attention.base import split_heads
 from headwise.cache import Placed, place
 from headwise.distill.capture import capture
-from headwise.distill.mixing import attention_transfer, block_alignment, matrix_mixing, mixing_matrix
+from headwise.distill.mixing import attention_transfer, block_alignment, check_layerwise, matrix_mixing, mixing_matrix
 from headwise.errors import HeadwiseError
 from headwise.model import build
 from headwise.model.base import LanguageModel
@@ -127,12 +127,10 @@ def test_layers_that_do_not_match_are_errors() -> None:
     inputs, _, outputs = states(teacher)
     with pytest.raises(HeadwiseError, match=r"layer 0: the student's heads make \[2, 4, 11, 4\] and the teacher's"):
         attention_transfer(small("attention=tva(rank=4)"), inputs, outputs)
-    narrow = build(small().spec.replace(d_model=16, n_layers=3))
-    for loss in (attention_transfer, block_alignment):
-        with pytest.raises(
-            HeadwiseError, match="states are of 2 layers, 32 wide, but this model has 3 layers, 16 wide"
-        ):
-            loss(narrow, inputs, outputs)
+    narrow = small().spec.replace(d_model=16, n_layers=3)
+    with pytest.raises(HeadwiseError, match=r"has d_model=16 \(teacher: 32\) and n_layers=3 \(teacher: 2\)"):
+        check_layerwise(narrow, teacher.spec)
+    check_layerwise(small("attention=linear").spec, teacher.spec)
     fewer = small("attention=softmax(head_dim=16)").spec.replace(n_heads=2)
     with pytest.raises(HeadwiseError, match="layer 0: the student mixes with 2 heads and the teacher with 4"):
         matrix_mixing(build(fewer), teacher, inputs)

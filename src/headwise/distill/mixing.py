@@ -28,6 +28,25 @@ from headwise.distill.losses import hidden_loss, masked_mean
 from headwise.errors import HeadwiseError
 from headwise.model.base import LanguageModel
 from headwise.model.block import Block
+from headwise.spec import ModelSpec
+
+
+def check_layerwise(student: ModelSpec, teacher: ModelSpec) -> None:
+    """Refuse a student whose layers cannot read the teacher's states one for one.
+
+    Raises:
+        HeadwiseError: other widths or numbers of layers.
+    """
+    unlike = [
+        f"{name}={getattr(student, name)} (teacher: {getattr(teacher, name)})"
+        for name in ("d_model", "n_layers")
+        if getattr(student, name) != getattr(teacher, name)
+    ]
+    if unlike:
+        raise HeadwiseError(
+            f"layer by layer, student and teacher must have one width and one number of layers, but the student has "
+            f"{' and '.join(unlike)}; make it of the teacher with `headwise swap`, or match keys and values instead"
+        )
 
 
 def attention_transfer(
@@ -49,7 +68,7 @@ def attention_transfer(
         layers: which to compare; None: all.
 
     Raises:
-        HeadwiseError: heads that differ in number or width; states of other layers or widths than the student's.
+        HeadwiseError: heads that differ in number or width.
     """
     made, wanted = [], []
     for layer, block, context in _chosen(student, inputs_BLTC, segments_BT, layers):
@@ -78,7 +97,7 @@ def matrix_mixing(
         teacher: gets no gradient; the others as `attention_transfer` takes them.
 
     Raises:
-        HeadwiseError: heads that differ in number; states as above.
+        HeadwiseError: heads that differ in number.
     """
     losses = []
     own = _chosen(student, inputs_BLTC, segments_BT, layers)
@@ -134,13 +153,7 @@ def mixing_matrix(block: Block, x_BTC: Tensor, context: Context) -> Tensor:
 def _chosen(
     model: LanguageModel, inputs_BLTC: Tensor, segments_BT: Tensor | None, layers: Sequence[int] | None
 ) -> Iterator[tuple[int, Block, Context]]:
-    stack, (_, depth, _, width) = model.decoding_stack(), inputs_BLTC.shape
-    if (depth, width) != (len(stack.blocks), model.spec.dims.d_model):
-        raise HeadwiseError(
-            f"the teacher's states are of {depth} layers, {width} wide, but this model has {len(stack.blocks)} layers, "
-            f"{model.spec.dims.d_model} wide; make the student of the teacher with `headwise swap`, or match keys and "
-            "values instead"
-        )
+    stack = model.decoding_stack()
     contexts = stack.contexts(place(inputs_BLTC[:, 0, :, 0], segments_BT, None))
     for layer in range(len(contexts)) if layers is None else layers:
         yield layer, stack.blocks[layer], contexts[layer]  # type: ignore[misc]
