@@ -20,6 +20,7 @@ from headwise.distill.capture import Signals, match_of
 from headwise.distill.layer_map import layer_map
 from headwise.distill.losses import StructuralKVLoss, hidden_loss, kv_loss
 from headwise.distill.shape import KVShape
+from headwise.distill.similarity import cka_matrix
 from headwise.distill.time_warp import TimeWarper
 from headwise.errors import SettingsError
 
@@ -51,12 +52,14 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class Matching(nn.Module):
-    """One teacher and the student.
+    """One teacher and the student. `similarity_ST`: what layer map `cka` chooses by, see `similarity`.
 
     Attributes:
         kv, recurrent: the student's layers that are matched by keys and values, and by outputs.
         of_teacher, of_student: the signals that training needs; `measured` those that measuring needs.
     """
+
+    rows_ST: Tensor | None
 
     def __init__(
         self, teacher: ModelSpec, student: ModelSpec, settings: DistillSettings, similarity_ST: Tensor | None = None
@@ -66,9 +69,10 @@ class Matching(nn.Module):
         n_t, n_s = teacher.dims.n_layers, student.dims.n_layers
         self.kv = [layer for layer in range(n_s) if match_of(student, layer) == "kv"]
         self.recurrent = [layer for layer in range(n_s) if layer not in self.kv]
-        self.rows_ST = (
-            None if settings.layer_map == "learned" else layer_map(settings.layer_map, n_t, n_s, similarity_ST)
-        )
+        # Until the similarity has been measured, ratio stands in for cka.
+        self.kind = "ratio" if settings.layer_map == "cka" and similarity_ST is None else settings.layer_map
+        rows_ST = None if self.kind == "learned" else layer_map(self.kind, n_t, n_s, similarity_ST)
+        self.register_buffer("rows_ST", rows_ST)
         self.keys_values = self.outputs = None
         if self.kv:
             shapes = (KVShape.of(teacher), KVShape.of(student, self.kv))
@@ -105,7 +109,7 @@ class Matching(nn.Module):
             rows = self.rows_ST[layers]
             if settings.side == "student":
                 alike = None if similarity_ST is None else similarity_ST[layers].T
-                rows = layer_map(settings.layer_map, len(layers), teacher.n_layers, alike)
+                rows = layer_map(self.kind, len(layers), teacher.n_layers, alike)
         elif self.kv and self.recurrent:
             raise SettingsError("layer_map: learned is for students whose layers are all matched alike; choose ratio")
         made = MapProjectionAligner(
@@ -122,6 +126,19 @@ class Matching(nn.Module):
             queries,
         )
         return made.frozen() if settings.freeze_projector or settings.projection == "none" else made
+
+    def similarity(self, student: Signals, seen: Seen) -> Tensor:
+        """CKA of each of the student's layers with each of the teacher's, float [L_s,L_t]: of their values, of a
+        recurrent layer's outputs."""
+        teacher = dict(seen.signals)
+        if seen.segments is not None:
+            teacher = {name: TimeWarper(*seen.segments)(x) for name, x in teacher.items()}
+        depth = len(self.kv) + len(self.recurrent)
+        found_ST = torch.zeros(depth, len(seen.encodings))
+        for layers, own, name in ((self.kv, student.values, "values"), (self.recurrent, student.outputs, "outputs")):
+            if layers:
+                found_ST[layers] = cka_matrix(_stacked(own, layers), teacher[name], seen.mask_BT).cpu()
+        return found_ST
 
     # ---- comparing ----
 

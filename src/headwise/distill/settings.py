@@ -86,6 +86,9 @@ class DistillSettings(TrainSettings):
     rope: Literal["unrotate", "asis"] = Field(
         "unrotate", description="keys are compared before or after positions are worked in"
     )
+    lambda_task: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="weight of the text's own loss; 0: the teacher's alone"
+    )
     lambda_kv: float = Field(0.5, ge=0, allow_inf_nan=False, description="weight of the loss of keys and values")
     kv_loss: Literal["mse", "cosine", "smooth_l1"] = Field("mse", description="how keys and values are compared")
     structural_loss: bool = Field(False, description="also compare the attention that queries and keys make")

@@ -133,7 +133,7 @@ class Teacher:
         with capture(self.model, wanted) as signals:
             self.model(ids_BT, last=True)
         made = {}
-        for name in wanted:
+        for name in sorted(wanted):
             found = getattr(signals, name)
             made[name] = (found if name == "final" else torch.stack(found, dim=1)).float()
         return made

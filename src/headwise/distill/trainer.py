@@ -89,7 +89,7 @@ class DistillTrainer(Trainer):
             add_lora(self.model, rank, 2.0 * rank, maps)
             self.model.requires_grad_(True)
         with torch.random.fork_rng(devices=[]):  # whatever is drawn here, the student's dropout stays the same
-            self.matchings = [Matching(teacher.spec, job.spec, settings) for teacher in job.teachers]
+            self.matchings = [self._matching(n) for n in range(len(job.teachers))]
         others: dict[str, nn.Module] = {"aligner": nn.ModuleList(self.matchings)}
         self.router = None
         if settings.teacher_weights == "router":
@@ -97,6 +97,20 @@ class DistillTrainer(Trainer):
         self.beside = nn.ModuleDict(others).to(job.device)
         self.of_student = frozenset[str]().union(*(matching.of_student for matching in self.matchings))
         return Beside(self.model, **self.beside)
+
+    @torch.no_grad()
+    def _matching(self, n: int) -> Matching:
+        """With teacher `n`; its layer map may go by what the two make of the first batch."""
+        job, settings = self.job, self.job.settings
+        made = Matching(job.teachers[n].spec, job.spec, settings)
+        if settings.layer_map != "cka":
+            return made
+        part = self.lesson(self.make_batches().batch(0)).to(job.device)
+        with capture(self.model.eval(), made.measured) as student:
+            self.model(part.ids_BT, last=True)
+        self.model.train()
+        similarity_ST = made.similarity(student, self.look(n, part, made.measured, kept=False))
+        return Matching(job.teachers[n].spec, job.spec, settings, similarity_ST)
 
     def make_batches(self) -> Source:
         return batches_of(self.job)
@@ -155,7 +169,7 @@ class DistillTrainer(Trainer):
         settings = self.job.settings
         kv, logits = settings.lambda_kv, settings.logit_kd[1] if settings.logit_kd else 0.0
         others = {"struct": settings.lambda_struct, "hidden": settings.hidden, "logits": logits}
-        return {"k": kv, "v": kv, "output": kv, **others}
+        return {"task": settings.lambda_task, "k": kv, "v": kv, "output": kv, **others}
 
     def losses(self, part: Lesson) -> dict[str, Tensor]:
         """The losses by name, 0-d: `task` is the sum over the targets, the others are means over tokens.
@@ -200,8 +214,8 @@ class DistillTrainer(Trainer):
         assert part.prompt_BT is not None
         return self.router(self.model.embedding(part.ids_BT), part.prompt_BT)
 
-    def look(self, n: int, part: Lesson, wanted: Collection[str], split: str = "train") -> Seen:
-        """What teacher `n` makes of these windows of a split; of the training split's it may have kept it."""
+    def look(self, n: int, part: Lesson, wanted: Collection[str], split: str = "train", *, kept: bool = True) -> Seen:
+        """What teacher `n` makes of these windows of a split; of the training split's it may have kept that."""
         teacher, ids_BT, lengths_B, mask_BT = self.job.teachers[n], part.ids_BT, part.lengths_B, part.mask_BT
         segments = None
         assert lengths_B is not None
@@ -211,7 +225,7 @@ class DistillTrainer(Trainer):
             ids_BT, lengths_B = read.ids, read.lengths
             segments = (read.segments.to(mask_BT.device), read.student_segments.to(mask_BT.device))
             mask_BT = segments[1] >= 0
-        signals = teacher.signals(ids_BT, lengths_B, wanted, part.rows_B if split == "train" else None)
+        signals = teacher.signals(ids_BT, lengths_B, wanted, part.rows_B if split == "train" and kept else None)
         return Seen(signals, teacher.encodings(ids_BT.shape[1]), mask_BT, segments)
 
     def checked_loss(self, part: Example) -> Tensor:
