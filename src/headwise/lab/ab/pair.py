@@ -100,9 +100,7 @@ def _changes(settings: DistillSettings, against: DistillSettings) -> dict[str, A
 
 def _notes(one: DistillSettings, other: DistillSettings) -> list[str]:
     differences = one.differences(other)
-    notes = [
-        "One run each: no claim can be made from this, however large the difference; `headwise distill ab` makes it."
-    ]
+    notes = ["One run each: nothing is claimed from that; `headwise distill ab` runs several seeds."]
     if differences:
         notes.append(f"The second run has {'; '.join(differences)}.")
     if one.steps != other.steps:
