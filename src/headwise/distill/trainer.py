@@ -78,6 +78,7 @@ class DistillTrainer(Trainer):
         self._try_stages()
         self.sums: dict[str, Tensor] = {}  # of each loss since the last record
         self.measured: dict[str, Any] = {}
+        self.last_shares: Tensor | None = None
 
     def make_trained(self) -> nn.Module:
         job, settings = self.job, self.job.settings
@@ -205,8 +206,9 @@ class DistillTrainer(Trainer):
         """How much of each teacher goes into the loss, for all rows alike or row by row."""
         if self.router is None:
             return [(slice(None), self.job.shares)]
-        shares_BN = self.routed(part).detach() / len(part.ids_BT)
-        return [(slice(row, row + 1), list(shares_N)) for row, shares_N in enumerate(shares_BN)]
+        shares_BN = self.routed(part).detach()
+        self.last_shares = shares_BN.mean(0)
+        return [(slice(row, row + 1), list(shares_N / len(shares_BN))) for row, shares_N in enumerate(shares_BN)]
 
     def routed(self, part: Lesson) -> Tensor:
         """The router's shares, [B,N]."""
@@ -251,6 +253,8 @@ class DistillTrainer(Trainer):
         values = super().take_record()
         values |= {f"loss_{name}": value / steps for name, value in zip(sums, torch.stack([*sums.values()]).tolist())}
         self.sums = {}
+        if self.last_shares is not None:
+            values["teacher_shares"] = self.last_shares.tolist()
         if self.at.val_step == self.at.step:
             values |= self.measured
         return values
