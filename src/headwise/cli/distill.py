@@ -89,9 +89,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     from headwise.distill.run import distill
 
-    say(f"distilling in {settings.out}")
-    result = distill(settings, say=say)
-    tell_run(arguments, result)
+    tell_run(arguments, distill(settings, say=say))
     return 0
 
 

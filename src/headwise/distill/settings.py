@@ -148,7 +148,7 @@ class DistillSettings(TrainSettings):
             if len(weights) != n:
                 yield (
                     ("teacher_weights", "teacher"),
-                    f"teacher_weights: {len(weights)} given for {n} teachers; one each",
+                    f"teacher_weights: {len(weights)} given for {n} teacher{'s' * (n != 1)}; one each",
                 )
             if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
                 yield (
