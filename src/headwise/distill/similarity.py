@@ -83,9 +83,10 @@ def _check_tokens(x: Tensor, y: Tensor) -> None:
 def _layers(x: Tensor, mask_BT: Tensor | None) -> list[Tensor]:
     """Each layer's tokens that count, centred, [N,H·D]."""
     found = []
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     for x_BHTD in x.unbind(1):
         x_BTF = x_BHTD.transpose(1, 2).flatten(2)
-        x_NF = (x_BTF.flatten(0, 1) if mask_BT is None else x_BTF[mask_BT.bool()]).double()
+        x_NF = (x_BTF.flatten(0, 1) if mask_BT is None else x_BTF[mask_BT.bool()]).to(exact)
         found.append(x_NF - x_NF.mean(0))
     return found
 
