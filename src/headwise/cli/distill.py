@@ -51,13 +51,16 @@ def main(argv: Sequence[str]) -> int:
 
 def overview() -> str:
     """What `headwise distill --help` prints."""
+    first = [examples.strip().splitlines()[0] for examples in (RUN_EXAMPLES, PROFILE_EXAMPLES, AB_EXAMPLES)]
+    shown = "\n".join(f"  headwise {line}" for line in first)
     return (
         "usage: headwise distill run|profile|ab|compare …\n\n"
         "  run      train a student beside a teacher\n"
         "  profile  what a step of `run` would cost: shapes, parameters, time, memory, and a check for NaN\n"
         "  ab       compare ways to align over seeds, with a verdict\n"
         "  compare  two finished runs against each other\n\n"
-        "`headwise distill run --help` and so on have every setting."
+        "`headwise distill run --help` and so on have every setting. Each takes --json.\n\n"
+        f"examples:\n{shown}"
     )
 
 
