@@ -20,7 +20,9 @@ PAGES += [
     ROOT / "docs/published-models.md",
     ROOT / "docs/caches.md",
     ROOT / "docs/distillation.md",
+    ROOT / "docs/distillation-runs.md",
     ROOT / "docs/quantisation.md",
+    ROOT / "docs/segments.md",
 ]
 
 
