@@ -89,6 +89,9 @@ def test_a_batch_is_a_function_of_seed_and_step_alone_and_moves_as_one() -> None
     again.batch(9)
     assert all(torch.equal(one.batch(7).ids, again.batch(7).to("cpu").ids) for _ in range(2))
     assert [one.rows(s).tolist() for s in range(9)] != [other.rows(s).tolist() for s in range(9)]
+    n = len(one.windows)
+    whole = WindowBatches(split, n, 4, seed=1)
+    assert whole.rows(0).tolist() != whole.rows(1).tolist(), "every epoch has an order of its own"
     moved = one.batch(0).to("meta")
     assert {t.device.type for t in vars(moved).values() if t is not None} == {"meta"}
 
@@ -153,6 +156,7 @@ def test_each_token_is_of_the_part_in_which_it_begins(tmp_path: Path, tokenizer:
         assert decoded(examples, examples.val, number) == [*wanted, ("answer", f"#### {2 * n}")]
     ends = examples.train.array[examples.train.stops - 1]
     assert set(ends.tolist()) == {examples.tokenizer.eos_id}, "who learns from it learns to stop"
+    assert set(examples.train.parts[examples.train.stops - 1].tolist()) == {NAMES.index("answer")}
     text = sum(len(f"Question: What is {n}+{n}?\nAnswer: {n}+{n}={2 * n}\n#### {2 * n}") for n in range(20, 25))
     assert examples.val.n_bytes == text
     assert examples.val.bits_per_byte(text * np.log(2)) == pytest.approx(1)
@@ -203,6 +207,7 @@ def test_the_fingerprint_is_of_tokens_parts_and_split(tmp_path: Path) -> None:
     rows = [gsm8k(n) for n in range(20)]
     spans = [{"text": "abc", "spans": [[0, 1, "prompt"], [1, 3, "answer"]]}, gsm8k(0) | {"text": "<|prompt|>d"}]
     moved = [{"text": "abc", "spans": [[0, 2, "prompt"], [2, 3, "answer"]]}, spans[1]]
+    other = [{"text": "abd", "spans": [[0, 1, "prompt"], [1, 3, "answer"]]}, spans[1]]
     assert of(rows) == of(rows, "others")
     prints = [
         of(rows),
@@ -211,6 +216,7 @@ def test_the_fingerprint_is_of_tokens_parts_and_split(tmp_path: Path) -> None:
         of(rows, train_limit=5),
         of(spans, format="marks"),
         of(moved, format="marks"),
+        of(other, format="marks"),
     ]
     assert len(set(prints)) == len(prints)
 

@@ -149,6 +149,8 @@ def test_what_the_assistant_says_is_the_answer_with_what_ends_its_turn() -> None
         ("prompt", "<|user|>Bye<|end|><|assistant|>"),
         ("answer", "Go<|end|>"),
     ]
+    ending = reader("chat", chat_tokenizer(THINKING))(chat(("user", "Hi"), ("assistant", "end")), "row")
+    assert pieces(ending)[1:] == [("answer", "end<|end|>")], "words of the template are not the answer's"
     unanswered = reader("chat", chat_tokenizer(THINKING))(chat(("user", "Hi")), "row")
     assert pieces(unanswered) == [("prompt", "<|user|>Hi<|end|>")]
 

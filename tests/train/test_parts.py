@@ -67,10 +67,12 @@ def test_each_part_has_the_mean_loss_of_its_tokens(
     assert result.nats == pytest.approx(total / result.n_tokens)
 
 
-def test_the_mode_is_left_as_it_was(examples: Examples) -> None:
-    model = model_for(examples).train()
-    evaluate_examples(model, examples.val)
+def test_nothing_is_dropped_and_the_mode_is_left_as_it_was(examples: Examples) -> None:
+    model = model_for(examples, "llama(dropout=0.5)").train()
+    found = evaluate_examples(model, examples.val)
     assert model.training
+    assert found == evaluate_examples(model.eval(), examples.val)
+    assert not model.training
 
 
 def test_a_loss_on_the_completion_leaves_the_prompts_out(examples: Examples) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # What tells tokenizers of one vocabulary apart: words, cases, numbers, runs of spaces, signs, other scripts.
 _PROBE = "The quick brown Fox's  jumped\tover 1234567 lazy dogs — don't?!\n\n   «Ünïcödé» 漢字 😀 x=y_1; #### 72\n"
 
+_PROBED = 4096  # words of the vocabulary beside that, at most
+
 Ints = NDArray[np.int64]
 
 
@@ -57,7 +59,11 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
     if not (isinstance(a, RustBackedTokenizer) and isinstance(b, RustBackedTokenizer)):
         return False
     words_a, words_b = (each.rust.get_vocab(with_added_tokens=True) for each in (a, b))
-    return words_a == words_b and np.array_equal(a.encode(_PROBE), b.encode(_PROBE))
+    if words_a != words_b:
+        return False
+    ids = sorted(words_a.values())
+    probe = _PROBE + a.decode(ids[:: len(ids) // _PROBED + 1])  # the same words may be put together in other ways
+    return np.array_equal(a.encode(probe), b.encode(probe))
 
 
 def need_same_vocabulary(student: Tokenizer, teacher: Tokenizer, what: str) -> None:
