@@ -247,6 +247,16 @@ def test_students_of_every_cache(
     assert ("loss_output" in result.history[-1]) == any(outputs)
 
 
+def test_a_teacher_without_keys_teaches_by_other_means(text_file: Path) -> None:
+    """Where nothing is projected its kind does not matter; there is nothing of it to measure then."""
+    recurrent = "llama(d_model=16, n_layers=3, n_heads=2, attention=gla)"
+    settings = {"tokenizer": "char", "projection": "none", "hidden": 0.5, "logit_kd": (1.0, 1.0)}
+    for layer_map in ("ratio", "learned", "cka"):
+        result = run(recurrent, text_file, layer_map=layer_map, **settings)
+        assert result.likeness == {}
+        assert {"loss_hidden", "loss_logits"} <= result.history[-1].keys()
+
+
 def test_epochs_are_as_many_steps_as_the_windows_need(teacher: Path, text_file: Path) -> None:
     settings = {name: value for name, value in QUICK.items() if name != "steps"}
     result = hw.distill(teacher=str(teacher), student=STUDENT, data=str(text_file), **{**settings, "epochs": 0.1})

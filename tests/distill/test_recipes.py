@@ -105,6 +105,14 @@ def test_a_stopped_recipe_goes_on_to_the_same_bits(
     assert not any("parametrizations" in name for name in newest(cut).model)
 
 
+def test_a_record_across_two_stages_has_the_means_of_both(swapped: Path, text_file: Path) -> None:
+    """Each loss over the updates that had it."""
+    fine, coarse = (follow(swapped, text_file, recipe="lolcats", log_every=every, eval_every=0) for every in (1, 6))
+    for name, steps in (("loss_transfer", slice(0, 3)), ("loss_task", slice(3, 6))):
+        values = [record[name] for record in fine.history[steps]]
+        assert coarse.history[-1][name] == pytest.approx(sum(values) / 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 100])
 def test_stages_fill_the_steps_and_each_has_a_schedule_of_its_own(steps: int) -> None:
     settings = DistillSettings(teacher="a", student="b", recipe="mohawk", stages=(1, 2, 2), steps=steps, warmup=1)

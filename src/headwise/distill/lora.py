@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from headwise.errors import SettingsError, short
+from headwise.io.tensors import module_tensors
 from headwise.model.base import LanguageModel
+
+PARAMETRISED = ".parametrizations."  # in the name of a tensor that stands behind a weight
 
 
 class LowRank(nn.Module):
@@ -74,3 +77,18 @@ def merge_lora(model: LanguageModel) -> LanguageModel:
         if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors with the updates added, under the names of a model without any; the model is left as it is."""
+    made = {}
+    for name, tensor in module_tensors(model).items():
+        owner, parametrised, leaf = name.partition(PARAMETRISED)
+        if not parametrised:
+            made[name] = tensor
+        elif leaf == "weight.original":
+            updated = model.get_submodule(owner)
+            assert isinstance(updated, nn.Linear)
+            made[f"{owner}.weight"] = updated.weight.detach()
+    return made

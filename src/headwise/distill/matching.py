@@ -22,7 +22,7 @@ from headwise.distill.losses import StructuralKVLoss, hidden_loss, kv_loss
 from headwise.distill.shape import KVShape
 from headwise.distill.similarity import cka_matrix
 from headwise.distill.time_warp import TimeWarper
-from headwise.errors import SettingsError
+from headwise.errors import HeadwiseError, SettingsError
 
 if TYPE_CHECKING:
     from headwise.distill.settings import DistillSettings
@@ -74,14 +74,22 @@ class Matching(nn.Module):
         rows_ST = None if self.kind == "learned" else layer_map(self.kind, n_t, n_s, similarity_ST)
         self.register_buffer("rows_ST", rows_ST)
         self.keys_values = self.outputs = None
-        if self.kv:
-            shapes = (KVShape.of(teacher), KVShape.of(student, self.kv))
-            self.keys_values = self._aligner(*shapes, self.kv, similarity_ST, settings.structural_loss)
-        if self.recurrent:
-            shapes = (KVShape.of(teacher, match="output"), KVShape.of(student, self.recurrent, "output"))
-            self.outputs = self._aligner(*shapes, self.recurrent, similarity_ST)
-            self.outputs.keys = self.outputs.values  # one kind of tensor, one projector
-        self.measured = ({"keys", "values"} if self.kv else set()) | ({"outputs"} if self.recurrent else set())
+        try:
+            if self.kv:
+                shapes = (KVShape.of(teacher), KVShape.of(student, self.kv))
+                self.keys_values = self._aligner(*shapes, self.kv, similarity_ST, settings.structural_loss)
+            if self.recurrent:
+                shapes = (KVShape.of(teacher, match="output"), KVShape.of(student, self.recurrent, "output"))
+                self.outputs = self._aligner(*shapes, self.recurrent, similarity_ST)
+                self.outputs.keys = self.outputs.values  # one kind of tensor, one projector
+        except HeadwiseError:
+            if settings.projection != "none":
+                raise
+            self.keys_values = self.outputs = None  # what is not trained on need not be measured
+            self.rows_ST = layer_map("ratio", n_t, n_s) if self.rows_ST is None else self.rows_ST
+        self.measured = ({"keys", "values"} if self.keys_values is not None else set[str]()) | (
+            {"outputs"} if self.outputs is not None else set[str]()
+        )
         trained = self.measured if settings.projection != "none" and settings.lambda_kv else set()
         if settings.structural_loss and self.kv:
             trained = trained | {"keys", "values", "queries"}
@@ -146,11 +154,11 @@ class Matching(nn.Module):
         """The same tensors before any projector, with the student's layers and tokens: what CKA compares, which a
         projector cannot flatter. Heads and widths may differ."""
         made: Pairs = {}
-        if self.kv:
+        if self.keys_values is not None:
             for name, signal in (("k", "keys"), ("v", "values")):
                 teacher = self.matched(seen.signals[signal], seen)[:, self.kv]
                 made[name] = (_stacked(getattr(student, signal), self.kv), teacher)
-        if self.recurrent:
+        if self.outputs is not None:
             teacher = self.matched(seen.signals["outputs"], seen)[:, self.recurrent]
             made["output"] = (_stacked(student.outputs, self.recurrent), teacher)
         return made

@@ -48,7 +48,8 @@ def measure(trainer: DistillTrainer) -> Likeness:
         each = [_of_teacher(trainer, n, parts) for n in range(len(trainer.job.teachers))]
     finally:
         trainer.model.train(training), trainer.beside.train(beside)
-    return {name: _means([one[name] for one in each]) for name in each[0]}
+    shared = [name for name in each[0] if all(name in one for one in each)]
+    return {name: _means([one[name] for one in each]) for name in shared}
 
 
 def _of_teacher(trainer: DistillTrainer, n: int, parts: list[Lesson]) -> Likeness:

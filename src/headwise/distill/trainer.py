@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import nn
 
 from headwise.distill.capture import capture
 from headwise.distill.job import batches_of
-from headwise.distill.lora import add_lora
+from headwise.distill.lesson import Lesson
+from headwise.distill.lora import PARAMETRISED, add_lora, plain_tensors
 from headwise.distill.losses import logit_kd
 from headwise.distill.matching import Matching, Seen
 from headwise.distill.measure import measure
 from headwise.distill.recipes import SIGNALS, Layerwise, Stage, has_updates, layerwise_loss, staged_schedule, stages_of
-from headwise.distill.router import Router, mixture_loss, prompts
+from headwise.distill.router import Router, mixture_loss
 from headwise.io.pretrained import load
 from headwise.io.tensors import fill_module, module_tensors
 from headwise.train.objective import IGNORED, Example
@@ -33,25 +34,9 @@ if TYPE_CHECKING:
     from headwise.train.evaluation import EvalResult
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson(Example):
-    """What one forward pass reads: windows of examples, their numbers [B], lengths [B], and which tokens are prompt."""
-
-    rows_B: Tensor | None = None
-    lengths_B: Tensor | None = None
-    prompt_BT: Tensor | None = None
-
-    @property
-    def mask_BT(self) -> Tensor:
-        """True where a token stands, False at the padding behind."""
-        assert self.lengths_B is not None
-        return torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device) < self.lengths_B[:, None]
-
-
 # Before the names, in a checkpoint's second file: what learns beside the student, and a student's weights apart from
 # the low-rank updates that its own file has added to them.
 BESIDE, UPDATED = "beside/", "updated/"
-PARAMETRISED = ".parametrizations."
 ATTENTION_MAPS = ("wq", "wk", "wv", "wo")
 
 
@@ -76,7 +61,8 @@ class DistillTrainer(Trainer):
         self.stages = stages_of(job.settings)
         self.schedule = staged_schedule(job.settings, self.stages)
         self._try_stages()
-        self.sums: dict[str, Tensor] = {}  # of each loss since the last record
+        self.now: dict[str, Tensor] = {}  # each loss of this update
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # since the last record, and of how many updates
         self.measured: dict[str, Any] = {}
         self.last_shares: Tensor | None = None
 
@@ -104,7 +90,7 @@ class DistillTrainer(Trainer):
         """With teacher `n`; its layer map may go by what the two make of the first batch."""
         job, settings = self.job, self.job.settings
         made = Matching(job.teachers[n].spec, job.spec, settings)
-        if settings.layer_map != "cka":
+        if settings.layer_map != "cka" or not made.measured:
             return made
         part = self.lesson(self.make_batches().batch(0)).to(job.device)
         with capture(self.model.eval(), made.measured) as student:
@@ -117,15 +103,8 @@ class DistillTrainer(Trainer):
         return batches_of(self.job)
 
     def lesson(self, batch: Batch, step: int = 0) -> Lesson:
-        """The batch as the student reads it. Padding stands behind the tokens, where a causal model does not see it,
-        so that no segments are needed."""
-        assert batch.parts is not None
-        names = self.job.dataset.parts
-        prompt = names.index("prompt") if "prompt" in names else None
-        lengths_B = (batch.parts >= 0).sum(1)
-        return Lesson(
-            batch.ids, batch.targets, rows_B=batch.rows, lengths_B=lengths_B, prompt_BT=prompts(batch.parts, prompt)
-        )
+        """The objective: the batch as it comes."""
+        return Lesson.of(batch, self.job.dataset.parts)
 
     # ---- one step ----
 
@@ -137,7 +116,11 @@ class DistillTrainer(Trainer):
     def update(self) -> None:
         if len(self.stages) > 1:
             self.stage.free(self.model)
+        self.now = {}
         super().update()
+        for name, loss in self.now.items():
+            total, count = self.sums.get(name, (torch.zeros_like(loss), 0))
+            self.sums[name] = (total + loss, count + 1)
 
     @torch.no_grad()
     def _try_stages(self) -> None:
@@ -160,7 +143,7 @@ class DistillTrainer(Trainer):
         losses = {name: loss / (count if name == "task" else n_parts) for name, loss in found.items()}
         total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+            self.now[name] = self.now.get(name, 0) + loss.detach()
         aux = self.model.aux_loss() if kind is None else None
         return total.detach(), total if aux is None else total + aux / n_parts
 
@@ -249,9 +232,8 @@ class DistillTrainer(Trainer):
         return result
 
     def take_record(self) -> dict[str, Any]:
-        steps, sums = self.at.since_steps, self.sums
         values = super().take_record()
-        values |= {f"loss_{name}": value / steps for name, value in zip(sums, torch.stack([*sums.values()]).tolist())}
+        values |= {f"loss_{name}": total.item() / count for name, (total, count) in self.sums.items()}
         self.sums = {}
         if self.last_shares is not None:
             values["teacher_shares"] = self.last_shares.tolist()
@@ -267,7 +249,7 @@ class DistillTrainer(Trainer):
         return plain_tensors(self.model), others | beside | updated
 
     def numbers(self) -> dict[str, Any]:
-        sums = {name: value.item() for name, value in self.sums.items()}
+        sums = {name: [total.item(), count] for name, (total, count) in self.sums.items()}
         return {**super().numbers(), "sums": sums, "measured": self.measured}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -280,19 +262,6 @@ class DistillTrainer(Trainer):
         super().restore(replace(checkpoint, model=model, optimizer=own[""]))
         fill_module(self.beside, own[BESIDE], checkpoint.path)
         state = checkpoint.state
-        self.sums = {name: torch.tensor(value, device=self.job.device) for name, value in state["sums"].items()}
+        device = self.job.device
+        self.sums = {name: (torch.tensor(total, device=device), n) for name, (total, n) in state["sums"].items()}
         self.measured = state["measured"]
-
-
-def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A student's tensors with low-rank updates added, under the names of a model without any."""
-    made = {}
-    for name, tensor in module_tensors(model).items():
-        owner, parametrised, leaf = name.partition(PARAMETRISED)
-        if not parametrised:
-            made[name] = tensor
-        elif leaf == "weight.original":
-            updated = model.get_submodule(owner)
-            assert isinstance(updated, nn.Linear)
-            made[f"{owner}.weight"] = updated.weight.detach()
-    return made
