@@ -66,16 +66,6 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
     return np.array_equal(a.encode(probe), b.encode(probe))
 
 
-def need_same_vocabulary(student: Tokenizer, teacher: Tokenizer, what: str) -> None:
-    """DataError where the two differ, for what compares them id by id (`what`, as "logit_kd")."""
-    if not same_vocabulary(student, teacher):
-        raise DataError(
-            f"{what} compares predictions id by id, and the student's {student.kind} tokenizer of "
-            f"{student.vocab_size:,} ids is not the teacher's {teacher.kind} tokenizer of {teacher.vocab_size:,}; "
-            f"give the student the teacher's tokenizer, or leave {what} out"
-        )
-
-
 def _segments(places_a: Ints, places_b: Ints) -> tuple[Ints, Ints]:
     """The segment of each token of both, from the characters they stand for, [n, 2]."""
     begins_a, begins_b = _begins(places_a), _begins(places_b)
