@@ -264,6 +264,17 @@ def test_epochs_are_as_many_steps_as_the_windows_need(teacher: Path, text_file: 
     assert result.steps == -(-windows // 40)
 
 
+def test_epochs_go_on_like_steps(teacher: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = {name: value for name, value in QUICK.items() if name != "steps"}
+    given = DistillSettings(
+        teacher=str(teacher), student=STUDENT, data=str(text_file), out=tmp_path / "run", **settings
+    )
+    first = distill_or_resume(given, epochs=0.1)
+    assert distill_or_resume(given, epochs=0.1).figures() == first.figures()
+    with pytest.raises(SettingsError, match="steps=12 .was 6."):
+        distill_or_resume(given, epochs=0.2)
+
+
 # ---- what changed meanwhile ----
 
 

@@ -143,10 +143,13 @@ def distill_or_resume(
     settings = _merged(settings, changes)
     if settings.out is None or not RunFolder(settings.out).run_json.exists():
         return distill(settings, on_progress=on_progress, progress=progress, say=say)
-    held = RunFolder(settings.out).settings_as(DistillSettings)
+    out = settings.out
+    if settings.epochs is not None:  # the folder knows the steps that these were
+        settings = prepare(settings).settings
+    held = RunFolder(out).settings_as(DistillSettings)
     if differences := held.differences(settings):
-        raise SettingsError(f"out: {settings.out} holds another run: {'; '.join(differences)}; choose another folder")
-    return resume(settings.out, on_progress=on_progress, progress=progress, say=say, warn=warn)
+        raise SettingsError(f"out: {out} holds another run: {'; '.join(differences)}; choose another folder")
+    return resume(out, on_progress=on_progress, progress=progress, say=say, warn=warn)
 
 
 def _merged(settings: DistillSettings | None, changes: Mapping[str, Any]) -> DistillSettings:

@@ -126,7 +126,7 @@ class DistillTrainer(Trainer):
     def _try_stages(self) -> None:
         """Two tokens through every loss between layers, so that layers which cannot be compared are refused at once."""
         ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=self.job.device)
-        part = Lesson(ids_BT, ids_BT, lengths_B=torch.full((1,), 2))
+        part = Lesson(ids_BT, ids_BT, lengths_B=torch.full((1,), 2, device=self.job.device))
         for stage in self.stages:
             if stage.layerwise is not None:
                 self.between_layers(stage.layerwise, part)
