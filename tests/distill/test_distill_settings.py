@@ -18,12 +18,10 @@ from headwise.lab.ab.settings import ABSettings
 BOTH: dict[str, Any] = {"teacher": "runs/t", "student": "llama"}
 
 
-@given(
-    st.lists(
-        st.sampled_from(["runs/a", "m.gguf", "llama", "llama(d_model=8, attention=gqa(kv_heads=2), n_layers=1)"]),
-        min_size=1,
-    )
-)
+NAMES = ["runs/a", "m.gguf", "llama", "llama(d_model=8, attention=gqa(kv_heads=2), n_layers=1)"]
+
+
+@given(st.lists(st.sampled_from(NAMES), min_size=1))
 def test_teachers_in_one_text_are_parted_between_brackets(names: list[str]) -> None:
     assert DistillSettings(student="llama", teacher=", ".join(names)).teacher == tuple(names)
     assert DistillSettings(student="llama", teacher=tuple(names)).teacher == tuple(names)
