@@ -221,6 +221,16 @@ def test_the_fingerprint_is_of_tokens_parts_and_split(tmp_path: Path) -> None:
     assert len(set(prints)) == len(prints)
 
 
+def test_other_letters_have_another_fingerprint(tmp_path: Path) -> None:
+    """Of the same lengths, parts and split."""
+    prints = []
+    for folder, letter in (("one", "a"), ("other", "b"), ("again", "a")):
+        for name in ("train", "test"):
+            write(tmp_path / folder / f"{name}.jsonl", [{"text": f"<|prompt|>{letter}<|answer|>c"}])
+        prints.append(load_examples(tmp_path / folder, ByteTokenizer(), format="marks").fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
 def test_limits_keep_the_first_examples(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [gsm8k(n) for n in range(9)])
     write(tmp_path / "test.jsonl", [gsm8k(n) for n in range(9)])
