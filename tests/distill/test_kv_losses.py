@@ -102,11 +102,13 @@ def naive_kl(s_q: Tensor, s_k: Tensor, t_q: Tensor, t_k: Tensor, mask: Tensor, t
     return sum(rows) / len(rows)
 
 
-@given(st.integers(0, 20), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 5))
-def test_the_structural_loss_is_its_formula(seed: int, tau: float, length: int) -> None:
+@given(st.integers(0, 20), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 5), st.booleans())
+@settings(max_examples=40)
+def test_the_structural_loss_is_its_formula(seed: int, tau: float, length: int, before: bool) -> None:
     s_k, s_v, t_k, t_v = (drawn(2, 2, 2, 5, 3, seed=seed + n) for n in range(4))
     s_q, t_q = drawn(2, 2, 4, 5, 3, seed=seed + 50), drawn(2, 2, 4, 5, 3, seed=seed + 51)
     mask = mask_of(2, 5, [5, length])
+    mask = mask.flip(1) if before else mask  # padding before the text, or behind it
     loss, metrics = create_structural_loss(alpha_k=0.7, alpha_v=1.3, alpha_attn=0.4, temperature=tau)(
         s_k, s_v, s_q, t_k, t_v, t_q, mask
     )

@@ -95,7 +95,10 @@ class Quantised(QuantizedLayer):
 def quantised_cache() -> DynamicCache:
     cache = DynamicCache()
     cache.layers = [Quantised()]
-    cache.update(drawn(1, 2, 3, 4).float(), drawn(1, 2, 3, 4).float(), 0)
+    for _ in range(2):  # the first tokens in few bits, later ones beside them as they are
+        cache.update(drawn(1, 2, 3, 4).float(), drawn(1, 2, 3, 4).float(), 0)
+    assert cache.layers[0].keys is not None
+    assert cache.layers[0].keys.shape == (1, 2, 3, 4)
     return cache
 
 
@@ -121,7 +124,7 @@ def test_caches_without_keys_and_values_of_every_token_are_errors() -> None:
     for other in ({"k": 1}, [], "cache", [torch.zeros(2, 3)], [(torch.zeros(2), torch.zeros(2))], DynamicCache()):
         with pytest.raises(HeadwiseError, match="is no cache that can be read; give a transformers cache"):
             stack_past_kv(other)
-    with pytest.raises(HeadwiseError, match="layer 0: a Quantised of 3 tokens holds no keys"):
+    with pytest.raises(HeadwiseError, match="layer 0: a Quantised of 6 tokens holds no keys"):
         stack_past_kv(quantised_cache())
 
 

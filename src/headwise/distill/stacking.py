@@ -83,8 +83,7 @@ def _theirs(layer: int, cache: Any) -> tuple[Tensor, Tensor]:
     k: Any = getattr(cache, "keys", None)
     v: Any = getattr(cache, "values", None)
     seen = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-    quantised = hasattr(cache, "_quantized_keys")
-    if not _is_4d(k) or not _is_4d(v) or quantised or k.shape[2] < seen or not seen:
+    if not _is_4d(k) or not _is_4d(v) or k.shape[2] < seen or not seen:
         raise HeadwiseError(
             f"layer {layer}: a {type(cache).__name__} of {seen} tokens holds no keys and values of every token; "
             + _ADVICE
