@@ -10,6 +10,7 @@ from kv_models import attention_lines, kv_lines, small, tokens
 from torch import Tensor
 
 from headwise.attention.base import split_heads
+from headwise.attention.recurrence import resets
 from headwise.cache import Placed, place
 from headwise.distill.capture import capture
 from headwise.distill.mixing import attention_transfer, block_alignment, check_layerwise, matrix_mixing, mixing_matrix
@@ -57,17 +58,19 @@ def test_the_matrix_of_a_recurrence_mixes_values_as_the_recurrence_does(call: st
     model = small(f"attention={call}")
     inputs, _, _ = states(model)
     block: Any = model.decoding_stack().blocks[1]
-    context = model.decoding_stack().contexts(_placed(11))[1]
+    segments = torch.tensor([[0] * 6 + [1] * 5, [0] * 11])
+    context = model.decoding_stack().contexts(_placed(11, segments))[1]
     attention, h = block.attention, block.attention_norm(inputs[:, 1])
     matrix = mixing_matrix(block, inputs[:, 1], context)
     assert float(matrix.detach().triu(1).abs().max()) == 0
     q, k, v = attention._heads(h, context)
-    y, _ = attention.recur(q, k, v, attention.gates(h), None, None)
+    assert float(matrix[0, :, 6:, :6].detach().abs().max()) == 0  # the second text of the first row
+    y, _ = attention.recur(q, k, v, attention.gates(h), resets(context.segments), None)
     torch.testing.assert_close(matrix @ v.repeat_interleave(4 // attention.kv_heads, 1), y, rtol=1e-3, atol=1e-4)
 
 
-def _placed(T: int) -> Placed:
-    return place(torch.zeros(2, T, dtype=torch.int64), None, None)
+def _placed(T: int, segments: Tensor | None = None) -> Placed:
+    return place(torch.zeros(2, T, dtype=torch.int64), segments, None)
 
 
 def test_softmax_matrices_are_the_weights() -> None:
