@@ -15,7 +15,7 @@ STUDENT = "llama(d_model=8, n_layers=2, n_heads=2)"
 QUICK: dict[str, Any] = {
     "threads": 1,
     "seq_len": 16,
-    "batch_size": 4,
+    "batch_size": 2,
     "steps": 6,
     "log_every": 1,
     "eval_every": 3,

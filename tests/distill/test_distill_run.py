@@ -137,7 +137,7 @@ def test_training_from_the_cache_is_training_beside_the_teacher(
         teacher, text_file, **settings, cache_teacher=True, cache_dtype="float32", cache_dir=tmp_path, say=said.append
     )
     check_same_student(live, cached)
-    assert "the teacher's final, hidden, keys, queries, values of 24 windows take" in said[0]
+    assert "the teacher's final, hidden, keys, queries, values of 12 windows take" in said[0]
     assert "MB in float32" in said[0]
     losses = [[record["loss"] for record in result.history] for result in (live, cached)]
     assert losses[0] == losses[1]
@@ -199,7 +199,7 @@ def test_likeness_grows_and_beats_the_control_with_a_projector_that_cannot_colla
 def test_a_trained_projector_on_the_teachers_side_collapses(teacher: Path, text_file: Path) -> None:
     """With no other loss the cosine with shuffled teachers rises with the true one (document 004's trap). CKA is taken
     before the projector, and its control stays where it was."""
-    settings = {"lr": 3e-2, "kv_loss": "cosine", "lambda_task": 0.0, "weight_decay": 0.0, "batch_size": 8}
+    settings = {"lr": 3e-2, "kv_loss": "cosine", "lambda_task": 0.0, "weight_decay": 0.0, "batch_size": 4}
     result = run(teacher, text_file, projection="flat", steps=60, eval_every=59, **settings)
     start = run(teacher, text_file, projection="flat", steps=1, **settings)
     for name in ("cosine_k", "cosine_v"):
@@ -257,21 +257,18 @@ def test_a_teacher_without_keys_teaches_by_other_means(text_file: Path) -> None:
         assert {"loss_hidden", "loss_logits"} <= result.history[-1].keys()
 
 
-def test_epochs_are_as_many_steps_as_the_windows_need(teacher: Path, text_file: Path) -> None:
-    settings = {name: value for name, value in QUICK.items() if name != "steps"}
-    result = hw.distill(teacher=str(teacher), student=STUDENT, data=str(text_file), **{**settings, "epochs": 0.1})
-    windows = -(-(3600 - 1) // 16)
-    assert result.steps == -(-windows // 40)
-
-
-def test_epochs_go_on_like_steps(teacher: Path, text_file: Path, tmp_path: Path) -> None:
+def test_epochs_are_as_many_steps_as_the_windows_need_and_go_on_like_them(
+    teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
     settings = {name: value for name, value in QUICK.items() if name != "steps"}
     given = DistillSettings(
         teacher=str(teacher), student=STUDENT, data=str(text_file), out=tmp_path / "run", **settings
     )
     first = distill_or_resume(given, epochs=0.1)
+    windows = -(-(3600 - 1) // 16)
+    assert first.steps == -(-windows // 20)
     assert distill_or_resume(given, epochs=0.1).figures() == first.figures()
-    with pytest.raises(SettingsError, match=r"steps=12 \(was 6\)"):
+    with pytest.raises(SettingsError, match=r"steps=23 \(was 12\)"):
         distill_or_resume(given, epochs=0.2)
 
 
