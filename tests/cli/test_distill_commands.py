@@ -70,6 +70,19 @@ def test_ten_steps_in_each_mode_are_sound(
     assert losses[-1] < losses[0]
 
 
+def test_the_end_of_a_run_says_how_near_the_student_came_beside_the_control(
+    teacher: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, line = tmp_path / "out", "llama(d_model=16, n_layers=2, n_heads=2, attention=pattern(softmax, linear))"
+    words = ["distill", "run", "--teacher", str(teacher), "--student", line, "--data", text, *QUICK]
+    status, said, _ = run(capsys, *words, "--steps", "2", "--out", str(out))
+    assert status == 0
+    figures = run_json(capsys, "resume", str(out))
+    for name, what in (("k", "keys"), ("v", "values"), ("output", "attention outputs")):
+        own, control = ([x for x in figures[f"cosine_{name}{end}"] if x is not None][0] for end in ("", "_shuffled"))
+        assert f"{what}: cosine {own:.3f} with the teacher's, {control:.3f} with those of other texts" in said
+
+
 def test_the_caches_size_is_said_before_it_is_made(
     teacher: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

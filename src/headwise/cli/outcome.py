@@ -35,6 +35,8 @@ def tell_run(arguments: Arguments, result: TrainResult) -> None:
     print(
         f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s: {result.tokens_per_s:,.0f} a second"
     )
+    for remark in result.remarks():
+        print(remark)
     print(f"in {result.out}; text from it: headwise generate {result.out}")
 
 

@@ -55,6 +55,16 @@ class DistillResult(TrainResult):
             "aligner_params": self.aligner_params,
         }
 
+    def remarks(self) -> list[str]:
+        made = []
+        if len(self.val_loss_by_part) > 1:
+            made.append("of which " + ", ".join(f"{part} {loss:.4f}" for part, loss in self.val_loss_by_part.items()))
+        for name, what in (("k", "keys"), ("v", "values"), ("output", "attention outputs")):
+            if f"cosine_{name}" in self.likeness:
+                own, control = (_mean(self.likeness[f"cosine_{name}{end}"]) for end in ("", "_shuffled"))
+                made.append(f"{what}: cosine {own:.3f} with the teacher's, {control:.3f} with those of other texts")
+        return made
+
 
 def distill(
     settings: DistillSettings | None = None,
@@ -82,8 +92,8 @@ def distill(
     if folder is not None:
         folder.check_free()
     job = prepare(settings)
-    fill_stores(job, say, progress)
-    with torch_state(job.settings, job.device):
+    with torch_state(job.settings, job.device):  # threads too: a cache is filled as the teacher is read beside training
+        fill_stores(job, say, progress)
         trainer = DistillTrainer(job)
         if folder is None:
             return _run(trainer, str(job.spec), None).finish(on_progress, progress)
@@ -124,8 +134,8 @@ def resume(
                 f"the teacher of the run in {out} has changed: {teacher.name} has other weights than it began with; "
                 "bring the old ones back, or distil anew"
             )
-    fill_stores(job, say, progress)
     with torch_state(settings, job.device), folder.claimed():
+        fill_stores(job, say, progress)
         checkpoint = load_newest(folder.checkpoints, warn)
         return _run(DistillTrainer(job), about["line"], folder, checkpoint).finish(on_progress, progress)
 
@@ -150,6 +160,12 @@ def distill_or_resume(
     if differences := held.differences(settings):
         raise SettingsError(f"out: {out} holds another run: {'; '.join(differences)}; choose another folder")
     return resume(out, on_progress=on_progress, progress=progress, say=say, warn=warn)
+
+
+def _mean(values: list[float | None]) -> float:
+    """Over the layers that have such a thing."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found)
 
 
 def _merged(settings: DistillSettings | None, changes: Mapping[str, Any]) -> DistillSettings:

@@ -62,6 +62,10 @@ class TrainResult:
         names = ("val_loss", "bits_per_byte", "train_loss", "steps", "tokens", "seconds", "tokens_per_s")
         return {"line": self.line, **{name: getattr(self, name) for name in names}}
 
+    def remarks(self) -> list[str]:
+        """What else there is to tell a person at the end of the run."""
+        return []
+
 
 def train(
     line: str | ModelSpec,
