@@ -79,7 +79,7 @@ def test_the_end_of_a_run_says_how_near_the_student_came_beside_the_control(
     assert status == 0
     figures = run_json(capsys, "resume", str(out))
     for name, what in (("k", "keys"), ("v", "values"), ("output", "attention outputs")):
-        own, control = ([x for x in figures[f"cosine_{name}{end}"] if x is not None][0] for end in ("", "_shuffled"))
+        own, control = (next(x for x in figures[f"cosine_{name}{end}"] if x is not None) for end in ("", "_shuffled"))
         assert f"{what}: cosine {own:.3f} with the teacher's, {control:.3f} with those of other texts" in said
 
 
