@@ -159,11 +159,10 @@ def test_what_does_not_fit_is_said_before_anything_runs(
 def test_a_trained_projector_on_the_teachers_side_collapses_and_the_report_says_so(
     quick: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The control that document 004's experiment lacked. Nothing but the loss of keys and values counts (a million
-    times the text's), the student is too small to follow, and its teacher's side may move: the projector learns to say
-    the same whatever it reads. The cosine goes to 1, and so does the one against shuffled teachers. With the projector
-    held fixed the first stays below and the second does not follow."""
-    sizes = {"steps": 80, "eval_every": 8, "measure_rows": 16, "lr": 3e-2, "weight_decay": 0.0, "lambda_kv": 1e6}
+    """The control that document 004's experiment lacked. Nothing but the loss of keys and values counts, the student is
+    too small to follow, and the projector on the teacher's side may move: it learns to say the same whatever it reads.
+    The cosine goes to 1, and so does the one against shuffled teachers. Beside a projector held fixed neither does."""
+    sizes = {"steps": 120, "eval_every": 10, "measure_rows": 16, "lr": 3e-2, "weight_decay": 0.0, "lambda_task": 0.0}
     options = {name: value for name, value in quick.items() if name in DistillSettings.model_fields} | sizes
     options["teacher"] = "llama(d_model=32, n_layers=6, n_heads=4, position=learned)"
     for name, changes in {"fixed": {"freeze_projector": True}, "trained": {"projection": "flat"}}.items():
@@ -174,8 +173,8 @@ def test_a_trained_projector_on_the_teachers_side_collapses_and_the_report_says_
         alignment = trained.alignment[name]
         assert alignment.mean is not None
         assert alignment.shuffled is not None
-        assert alignment.mean > 0.97
-        assert alignment.shuffled > 0.95
+        assert alignment.mean > 0.9
+        assert alignment.shuffled > 0.9
         assert alignment.shuffled_course.loss[-1] > alignment.shuffled_course.loss[0] + 0.2
     assert trained.collapse == "collapsed"
     assert "This cosine shows no alignment" in likeness(trained)

@@ -36,9 +36,9 @@ def likeness(arm: ArmResult) -> str:
     text += f"of {signed(own - shuffled, 3)}.{_rise(cosines)}"
     if arm.collapse == "collapsed":
         text += (
-            " This cosine shows no alignment: teachers of other texts reach as good as the same. The projected teacher "
-            "hardly depends on its text, as when a trained projector on its side ignores its input (collapse), or it "
-            "is the mean that all texts share."
+            " This cosine shows no alignment: with the teacher’s reading of another text it is nearly as high. The "
+            "projected teacher hardly depends on its text, as when a trained projector on its side ignores its input "
+            "(collapse), or most of it is a mean that all texts share."
         )
     elif arm.collapse == "mostly":
         text += " Most of this cosine is there with teachers of other texts too; only the gap is owed to the text."

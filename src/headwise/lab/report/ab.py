@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -64,76 +64,100 @@ def report_html(result: ABResult) -> str:
 
 
 def layer_plot(result: ABResult, measures: Sequence[str], name: str) -> svg.Plot | None:
-    """Likeness layer by layer, a panel an arm and measure: with the own teacher, with shuffled ones, and the gap."""
-    panels = [
-        (i, arm.arm, NAMES[measure], arm.alignment[measure])
-        for i, arm in enumerate(result.arms)
-        for measure in measures
-        if measure in arm.alignment
-    ]
+    """Likeness layer by layer, a panel an arm: with the own teacher, with shuffled ones, and the gap between."""
+    panels = _panels(result, measures)
     if not panels:
         return None
-    figures = [x for *_, a in panels for x in (*a.layers, *a.shuffled_layers) if x is not None]
-    low, high = min(0.0, *figures), max(1.0, *figures)
+    alignments = [alignment for *_, each in panels for alignment in each.values()]
+    figures = [x for a in alignments for x in (*a.layers, *a.shuffled_layers) if x is not None]
+    limits = (min(0.0, *figures) - 0.05, max(1.0, *figures) + 0.05)
 
-    def draw(width: int) -> Figure:
-        side_by_side = 2 if width == svg.WIDE else 1
-        rows = -(-len(panels) // side_by_side)
-        figure, all_axes = svg.new_figure(width, PANEL * rows, len(panels), side_by_side)
-        for axes, (i, arm, title, alignment) in zip(all_axes, panels):
-            _layers(axes, i, alignment)
-            axes.set_ylim(low - 0.05, high + 0.05)
-            axes.set_title(f"{arm}\n{title}", pad=8, fontsize=11)
-            axes.set_xlabel("layer")
-        for axes in all_axes[len(panels) :]:
-            axes.set_visible(False)
-        return figure
+    def fill(axes: Axes, index: int, measured: dict[str, Alignment]) -> None:
+        for measure, alignment in measured.items():
+            own, other = (_known(layers) for layers in (alignment.layers, alignment.shuffled_layers))
+            _lines(axes, index, measure, own, other)
+            axes.fill_between(own[0], other[1], own[1], color=svg.colour_at(index), alpha=0.12, lw=0)
+        axes.set_ylim(*limits)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
 
-    spoken = "; ".join(f"{arm}, {title.lower()}: {words.own_and_shuffled(a)}" for _, arm, title, a in panels)
-    return svg.both(draw, name, f"Likeness of student and projected teacher by layer, in brackets shuffled. {spoken}.")
+    text = f"Likeness of student and teacher by layer, in brackets with shuffled teachers. {_spoken(panels)}."
+    return _drawn(panels, name, text, fill)
 
 
 def course_plot(result: ABResult) -> svg.Plot | None:
-    """The cosine while training goes on, mean over layers, keys and values apart, with its control."""
+    """The cosine while training goes on, mean over layers, with its control, a panel an arm."""
     panels = [
-        (i, arm.arm, NAMES[measure], arm.alignment[measure])
-        for i, arm in enumerate(result.arms)
-        for measure in COSINES
-        if measure in arm.alignment and len(arm.alignment[measure].course.step) > 1
+        (i, arm, long)
+        for i, arm, measured in _panels(result, COSINES)
+        if (long := {name: a for name, a in measured.items() if len(a.course.step) > 1})
     ]
     if not panels:
         return None
 
+    ends = [x for *_, each in panels for a in each.values() for x in (*a.course.loss, *a.shuffled_course.loss)]
+    limits = (min(0.0, *ends) - 0.05, max(1.0, *ends) + 0.05)
+
+    def fill(axes: Axes, index: int, measured: dict[str, Alignment]) -> None:
+        for measure, a in measured.items():
+            own, other = ((series.step, series.loss) for series in (a.course, a.shuffled_course))
+            _lines(axes, index, measure, own, other)
+        axes.set_ylim(*limits)
+        axes.set_xlabel("step")
+
+    text = f"Cosine with the own and with shuffled teachers against the step. At the end: {_spoken(panels)}."
+    return _drawn(panels, "course", text, fill)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+Panel = tuple[int, str, dict[str, Alignment]]
+Line = tuple[Sequence[int], Sequence[float]]
+# Keys, values and outputs are told apart by marks: one line a measure and arm, in the arm's colour.
+MARKS = {"k": "o", "v": "s", "output": "D"}
+
+
+def _panels(result: ABResult, measures: Sequence[str]) -> list[Panel]:
+    """Place, name and what was measured, of every arm of which something was."""
+    found = [
+        (i, arm.arm, {name: arm.alignment[name] for name in measures if name in arm.alignment})
+        for i, arm in enumerate(result.arms)
+    ]
+    return [panel for panel in found if panel[2]]
+
+
+def _drawn(
+    panels: Sequence[Panel], name: str, text: str, fill: Callable[[Axes, int, dict[str, Alignment]], None]
+) -> svg.Plot:
     def draw(width: int) -> Figure:
-        side_by_side = 2 if width == svg.WIDE else 1
-        rows = -(-len(panels) // side_by_side)
-        figure, all_axes = svg.new_figure(width, PANEL * rows, len(panels), side_by_side)
-        for axes, (i, arm, title, alignment) in zip(all_axes, panels):
-            for series, style in ((alignment.course, "-"), (alignment.shuffled_course, ":")):
-                axes.plot(series.step, series.loss, style, color=svg.colour_at(i), lw=1.8)
+        side_by_side = min(2, len(panels)) if width == svg.WIDE else 1
+        figure, all_axes = svg.new_figure(width, PANEL * -(-len(panels) // side_by_side), len(panels), side_by_side)
+        for axes, (i, arm, measured) in zip(all_axes, panels):
+            fill(axes, i, measured)
             axes.grid(axis="y")
-            axes.set_title(f"{arm}\n{title}", pad=8, fontsize=11)
-            axes.set_xlabel("step")
+            axes.set_title(arm, pad=8, family="monospace", fontsize=11)
         for axes in all_axes[len(panels) :]:
             axes.set_visible(False)
         return figure
 
-    spoken = "; ".join(
-        f"{arm}, {title.lower()}: from {a.course.loss[0]:.3f} to {a.course.loss[-1]:.3f}" for _, arm, title, a in panels
+    return svg.both(draw, name, text)
+
+
+def _lines(axes: Axes, index: int, measure: str, own: Line, other: Line) -> None:
+    """With the own teacher, solid and filled; with shuffled ones, dotted and hollow."""
+    colour, mark = svg.colour_at(index), MARKS[measure.partition("_")[2]]
+    axes.plot(*own, "-", color=colour, lw=1.6, marker=mark, ms=5)
+    axes.plot(*other, ":", color=colour, lw=1.6, marker=mark, ms=5, mfc=svg.GROUND)
+
+
+def _known(layers: Sequence[float | None]) -> Line:
+    """The layers that have a figure, and those."""
+    known = [(layer, value) for layer, value in enumerate(layers) if value is not None]
+    return [layer for layer, _ in known], [value for _, value in known]
+
+
+def _spoken(panels: Sequence[Panel]) -> str:
+    return "; ".join(
+        f"{arm}: " + ", ".join(f"{NAMES[name].lower()} {words.own_and_shuffled(a)}" for name, a in measured.items())
+        for _, arm, measured in panels
     )
-    return svg.both(draw, "course", f"Cosine with the own and with shuffled teachers against the step. {spoken}.")
-
-
-def _layers(axes: Axes, index: int, alignment: Alignment) -> None:
-    colour = svg.colour_at(index)
-    known = [
-        (layer, own, other)
-        for layer, (own, other) in enumerate(zip(alignment.layers, alignment.shuffled_layers))
-        if own is not None and other is not None
-    ]
-    layers, own, other = (list(each) for each in zip(*known)) if known else ([], [], [])
-    axes.fill_between(layers, other, own, color=colour, alpha=0.16, lw=0)
-    axes.plot(layers, own, color=colour, lw=1.8, marker="o", ms=5)
-    axes.plot(layers, other, ":", color=colour, lw=1.8, marker="o", ms=5, mfc=svg.GROUND)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y")
