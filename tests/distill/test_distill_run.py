@@ -167,6 +167,8 @@ def test_without_a_teacher_no_teacher_matters(teacher: Path, text_file: Path) ->
     other = run("gpt2(d_model=8, n_layers=1, n_heads=1)", text_file, projection="none", tokenizer="char")
     check_same_student(one, other)
     check_same_student(one, run(teacher, text_file, projection="structured", lambda_kv=0.0))
+    plain, beside = (run(teacher, text_file, WITH_DROPOUT, projection=p, lambda_kv=0.0) for p in ("none", "flat"))
+    check_same_student(plain, beside)  # the projector's random start has not moved the student's dropout
     assert one.history[-1]["loss"] == pytest.approx(one.history[-1]["loss_task"], rel=1e-6)
     assert not {"loss_k", "loss_v"} & one.history[-1].keys()
 

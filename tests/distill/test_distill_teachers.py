@@ -135,7 +135,7 @@ def test_aligned_by_characters(foreign: Path, text_file: Path, tmp_path: Path) -
     )
     check_same_student(live, cached)
     assert live.spec.dims.vocab_size < 60
-    assert {"loss_k", "loss_v", "loss_hidden", "loss_struct"} <= live.history[-1].keys()
+    assert all(live.history[-1][f"loss_{name}"] > 0 for name in ("k", "v", "hidden", "struct"))
     assert all(value is not None for value in live.likeness["cka_v"])
 
 
