@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_distillations import run
 from torch import Tensor
 
 from headwise.distill import store as store_module
 from headwise.distill.store import StoreKey, TeacherStore
+from headwise.distill.teacher import Teacher
 from headwise.errors import DataError, FormatError
 from headwise.io.tensors import read_tensors
 
@@ -168,8 +170,14 @@ def test_a_store_of_other_windows_is_refused(tmp_path: Path) -> None:
 
 def test_fields_it_lacks_are_named(tmp_path: Path) -> None:
     store = made(tmp_path / "cache", rows=[0])
-    with pytest.raises(DataError, match="holds keys, hidden, not values"):
-        store.get([0], ["values"])
+    for ask in (
+        lambda: store.get([0], ["values"]),
+        lambda: TeacherStore(tmp_path / "cache", KEY, LENGTHS, ["keys", "values"]),
+    ):
+        with pytest.raises(DataError, match="holds keys, hidden, not values; choose another folder"):
+            ask()
+    assert len(TeacherStore(tmp_path / "cache", KEY, LENGTHS, ["keys"])) == 1
+    assert not TeacherStore(tmp_path / "none", KEY, LENGTHS, ["values"]).shapes
     with pytest.raises(DataError, match=r"holds keys \(2, 3, 4\), hidden \(2, 6\), and wanted are keys \(2, 3, 4\);"):
         store.fill([1], lambda row: {"keys": signals(row)["keys"]})
 
@@ -191,3 +199,25 @@ def test_stores_lie_apart_by_what_they_are_made_of(monkeypatch: pytest.MonkeyPat
     folders = {replace(KEY, **change).folder() for change in changes}
     assert len(folders) == 5
     assert all(folder.is_relative_to(tmp_path) for folder in folders)
+
+
+def test_a_run_fills_it_with_its_own_number_of_threads(
+    teacher: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number decides the order of sums: a cache filled by the process's two threads was not, to the bit, what a
+    run of one thread has of its teacher."""
+    seen: set[int] = set()
+    read = Teacher.read
+
+    def counted(*args: Any) -> dict[str, Tensor]:
+        seen.add(torch.get_num_threads())
+        return read(*args)
+
+    monkeypatch.setattr(Teacher, "read", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(teacher, text_file, steps=1, measure_rows=0, cache_teacher=True, cache_dir=tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}

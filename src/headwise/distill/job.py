@@ -24,7 +24,7 @@ from headwise.errors import DataError, SettingsError
 from headwise.io.json_file import read_object
 from headwise.io.pretrained import saved_spec
 from headwise.spec import ModelSpec, parse
-from headwise.train.job import Job, pinned, resolve_device
+from headwise.train.job import Job, pinned, resolve_device, torch_state
 from headwise.train.vein import check_vein, with_last_tau
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _store(job: DistillJob, teacher: Teacher) -> TeacherStore | None:
         data, seq_len = own.fingerprint, own.seq_len
     key = StoreKey(teacher.fingerprint, data, seq_len, settings.cache_dtype)
     folder = settings.cache_dir or key.folder().with_name("-".join([key.folder().name, *sorted(fields)]))
-    return TeacherStore(folder, key, lengths)
+    return TeacherStore(folder, key, lengths, fields)
 
 
 def cache_size(job: DistillJob) -> int:
@@ -255,7 +255,8 @@ def fill_stores(job: DistillJob, say: Callable[[str], None], progress: bool | No
             n = int((batches.windows if own is None else own).lengths[row])
             return {name: tensor[0] for name, tensor in teacher.read(ids_1T[:, :n].to(teacher.device), fields).items()}
 
-        teacher.store.fill(batches.rows_of(job.settings.steps), read, say=say, progress=progress)
+        with torch_state(job.settings, job.device):  # the threads of a live teacher: their number decides last bits
+            teacher.store.fill(batches.rows_of(job.settings.steps), read, say=say, progress=progress)
 
 
 def batches_of(job: DistillJob) -> WindowBatches:

@@ -92,8 +92,8 @@ def distill(
     if folder is not None:
         folder.check_free()
     job = prepare(settings)
-    with torch_state(job.settings, job.device):  # threads too: a cache is filled as the teacher is read beside training
-        fill_stores(job, say, progress)
+    fill_stores(job, say, progress)
+    with torch_state(job.settings, job.device):
         trainer = DistillTrainer(job)
         if folder is None:
             return _run(trainer, str(job.spec), None).finish(on_progress, progress)
@@ -134,8 +134,8 @@ def resume(
                 f"the teacher of the run in {out} has changed: {teacher.name} has other weights than it began with; "
                 "bring the old ones back, or distil anew"
             )
+    fill_stores(job, say, progress)
     with torch_state(settings, job.device), folder.claimed():
-        fill_stores(job, say, progress)
         checkpoint = load_newest(folder.checkpoints, warn)
         return _run(DistillTrainer(job), about["line"], folder, checkpoint).finish(on_progress, progress)
 

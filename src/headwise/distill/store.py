@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import prod
@@ -64,21 +64,26 @@ class TeacherStore:
         folder: of its own.
         key: what it must have been made of.
         lengths: int64 [n], tokens of each window (`Windows.lengths`).
+        names: the fields that will be asked for.
 
     Attributes:
         shapes: of each field, its dimensions without the tokens', as {"keys": (L, H, D)}; empty before it is filled.
 
     Raises:
-        DataError: the folder holds a store made of something else, or of other windows.
+        DataError: the folder holds a store made of something else, of other windows, or without some of the fields.
         FormatError: it is damaged, or holds something else.
     """
 
-    def __init__(self, folder: Path | str, key: StoreKey, lengths: NDArray[np.int64]) -> None:
+    def __init__(
+        self, folder: Path | str, key: StoreKey, lengths: NDArray[np.int64], names: Collection[str] = ()
+    ) -> None:
         self.folder, self.key, self.lengths = Path(folder), key, lengths
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._rows: dict[int, dict[str, Tensor]] = {}
         self._shards: set[Path] = set()
         self._look()
+        if self.shapes:
+            self._check_held(names)
 
     def __len__(self) -> int:
         """How many windows it holds."""
@@ -144,11 +149,7 @@ class TeacherStore:
         Raises DataError for a field or a window that it does not hold.
         """
         rows, names = [int(row) for row in rows], list(names)
-        if unknown := [name for name in names if name not in self.shapes]:
-            raise DataError(
-                f"the teacher cache in {self.folder} holds {', '.join(self.shapes) or 'nothing yet'}, "
-                f"not {', '.join(unknown)}; make another one in another folder"
-            )
+        self._check_held(names)
         if absent := self.missing(rows):
             raise DataError(f"the teacher cache in {self.folder} does not hold window {absent[0]:,}; fill it first")
         return {name: self._stacked(rows, name) for name in names}
@@ -192,6 +193,13 @@ class TeacherStore:
                 "choose another folder for this one, or delete it"
             )
         self.shapes = {name: tuple(shape) for name, shape in about["fields"].items()}
+
+    def _check_held(self, names: Collection[str]) -> None:
+        if unknown := sorted(set(names).difference(self.shapes)):
+            raise DataError(
+                f"the teacher cache in {self.folder} holds {', '.join(self.shapes) or 'nothing yet'}, "
+                f"not {', '.join(unknown)}; choose another folder for these"
+            )
 
     def _check_fields(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if self.shapes and self.shapes != shapes:
