@@ -57,6 +57,7 @@ BY_NAME = {"__init__.py", "registry.py", "lab/worker.py", "io/remote_code/modeli
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
 TORCH_FREE |= {"cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}
 TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
+TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
 TORCH_FREE |= {"generate/__init__.py", "generate/scheduler.py", "cache/__init__.py", "cache/block_manager.py"}
 MODEL_FILES = {"safetensors", "gguf", "pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle"}
 

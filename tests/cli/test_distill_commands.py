@@ -128,6 +128,7 @@ def test_profile_says_shapes_parameters_time_and_that_all_is_finite(
     assert (found["params"]["aligner"] == 2 * (2 * 2 + 4 * 8)) == (mode == "structured")
     told = run(capsys, *argv, *QUICK, "--rounds", "1")[1]
     assert "every number is finite" in told
+    assert "rounds: given 0" in run(capsys, *argv, *QUICK, "--rounds", "0")[2]
     assert "[B,L,H,T,D]" in told
 
 

@@ -79,6 +79,8 @@ def profile(settings: DistillSettings | None = None, *, rounds: int = 3, **chang
 
     Raises as `distill` does for what does not fit; `SettingsError` where nothing is projected.
     """
+    if rounds < 1:
+        raise SettingsError(f"rounds: given {rounds}, at least 1 step is measured")
     given = {} if settings is None else settings.model_dump(exclude_unset=True)
     settings = settled(DistillSettings(**{**given, **changes, "cache_teacher": False, "out": None}))
     if settings.projection == "none":
