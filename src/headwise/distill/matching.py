@@ -135,6 +135,22 @@ class Matching(nn.Module):
         )
         return made.frozen() if settings.freeze_projector or settings.projection == "none" else made
 
+    def about(self) -> str:
+        """The projection in a line, with the shapes it brings together; B, T as letters."""
+        if self.settings.projection == "none":
+            return "projection none: nothing of the teacher's layers is projected"
+        told = []
+        for aligner, name in ((self.keys_values, "keys and values"), (self.outputs, "outputs")):
+            if aligner is not None:
+                shapes = [
+                    f"[B,{s.n_layers},{s.kv_heads},T,{s.key_dim}]"
+                    + (f" and [B,{s.n_layers},{s.kv_heads},T,{s.value_dim}]" if s.value_dim != s.key_dim else "")
+                    for s in (aligner.source, aligner.target)
+                ]
+                told.append(f"{name} {' → '.join(shapes)}")
+        n_params = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return f"projection {self.settings.projection}: {'; '.join(told)}, {n_params:,} parameters trained"
+
     def similarity(self, student: Signals, seen: Seen) -> Tensor:
         """CKA of each of the student's layers with each of the teacher's, float [L_s,L_t]: of their values, of a
         recurrent layer's outputs."""

@@ -81,7 +81,8 @@ def distill(
             `student="llama(attention=gqa(kv_heads=1))"`.
         on_progress: called with every record, and `steps`.
         progress: draw bars on stderr; None: where it is a terminal.
-        say: told the size of the teacher's cache before it is made, and where the run lies when it begins.
+        say: told the size of the teacher's cache before it is made; when the run begins, the shapes that are brought
+            together, and where it lies.
 
     Raises `SettingsError`, `SpecError`, `FormatError`, `DataError` and `HeadwiseError` for what does not go together,
     all before anything is trained; `TrainingError`, `WriteError` and `Interrupted` as `headwise.train.train`. The same
@@ -99,6 +100,8 @@ def distill(
             return _run(trainer, str(job.spec), None).finish(on_progress, progress)
         teachers = [{"name": each.name, "fingerprint": each.fingerprint} for each in job.teachers]
         folder.create(str(job.spec), job, teachers=teachers)
+        for matching in trainer.matchings:
+            say(matching.about())
         say(f"distilling in {folder.root}")
         with folder.claimed():
             return _run(trainer, str(job.spec), folder).finish(on_progress, progress)
