@@ -217,6 +217,20 @@ def test_bad_input_is_one_clear_error_before_any_training(
     assert not out.exists()
 
 
+def test_segments_that_do_not_cover_the_text_are_refused_with_row_and_place(
+    teacher: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = {"text": "the head is wise", "spans": [[0, 8, "prompt"], [8, 16, "answer"]]}
+    bad = {"text": "the head is wise", "spans": [[0, 7, "prompt"], [8, 16, "answer"]]}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [good, bad]))
+    out = tmp_path / "run"
+    status, _, said = run(capsys, *argv(teacher, str(rows), "--format", "marks", "--out", str(out)))
+    assert status == 1
+    assert "rows.jsonl' line 2: its segments do not cover the text: characters 7 to 8" in said
+    assert not out.exists()
+
+
 def test_all_problems_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, said = run(capsys, "distill", "run", "--lambda-kv=-1", "--kv-loss", "huber")
     for name in ("lambda_kv", "kv_loss", "teacher", "student"):
