@@ -18,7 +18,9 @@ import headwise as hw
 from headwise.data import load_tokenizer
 from headwise.data.examples import load_examples
 from headwise.distill import DistillSettings, Teacher, distill_or_resume, resume
-from headwise.errors import DataError, FormatError, Interrupted, SettingsError
+from headwise.distill.job import prepare, settled
+from headwise.distill.trainer import DistillTrainer
+from headwise.errors import DataError, FormatError, Interrupted, SettingsError, TrainingError
 from headwise.lab.swap import SwapSettings, swap_saved
 from headwise.train import train
 from headwise.train.folder import RunFolder
@@ -183,6 +185,23 @@ def test_keys_and_values_train_the_student_and_leave_the_teacher(teacher: Path, 
     }
     assert {"stack.blocks.1.attention.wk.weight", "stack.blocks.1.attention.wv.weight"} <= moved
     assert Teacher.load(str(teacher)).fingerprint == before
+
+
+def test_the_projectors_gradients_do_not_slow_the_student(teacher: Path, text_file: Path) -> None:
+    """They are clipped apart, and looked at."""
+    job = prepare(
+        settled(DistillSettings(teacher=str(teacher), student=STUDENT, data=str(text_file), **QUICK, clip=0.5))
+    )
+    trainer = DistillTrainer(job)
+    own, beside = trainer.model.embedding.weight, next(trainer.beside.parameters())
+    own.grad, beside.grad = torch.full_like(own, 1e-6), torch.full_like(beside, 1e3)
+    trainer.before_step()
+    assert beside.grad.norm() == pytest.approx(0.5, rel=1e-4)
+    assert torch.equal(own.grad, torch.full_like(own, 1e-6))
+    assert not any(parameter is beside for parameter in trainer.parameters)
+    beside.grad.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="the norm of the projector's gradients is nan"):
+        trainer.before_step()
 
 
 def test_likeness_grows_and_beats_the_control_with_a_projector_that_cannot_collapse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,10 @@ from headwise.distill.matching import Matching, Seen
 from headwise.distill.measure import measure
 from headwise.distill.recipes import SIGNALS, Layerwise, Stage, has_updates, layerwise_loss, staged_schedule, stages_of
 from headwise.distill.router import Router, mixture_loss
+from headwise.errors import TrainingError
 from headwise.io.pretrained import load
 from headwise.io.tensors import fill_module, module_tensors
+from headwise.train.guards import all_finite
 from headwise.train.objective import IGNORED, Example
 from headwise.train.parts import evaluate_examples
 from headwise.train.trainer import Source, Trainer
@@ -121,6 +124,17 @@ class DistillTrainer(Trainer):
         for name, loss in self.now.items():
             total, count = self.sums.get(name, (torch.zeros_like(loss), 0))
             self.sums[name] = (total + loss, count + 1)
+
+    def before_step(self) -> None:
+        """What learns beside the student is clipped apart: its gradients must not decide how far the student goes, or
+        ways to project would differ in the student's learning rate too."""
+        beside = [parameter for parameter in self.beside.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(beside, self.job.settings.clip or math.inf).item()
+        if not all_finite(norm) and not self.scaler.is_enabled():
+            raise TrainingError(
+                f"step {self.at.step + 1}: the norm of the projector's gradients is {norm:g}. Stopped before the "
+                "update; a lower lr, a longer warmup or --lr-multipliers aligner=0.1 may help"
+            )
 
     @torch.no_grad()
     def _try_stages(self) -> None:

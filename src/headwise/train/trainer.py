@@ -52,7 +52,7 @@ class Trainer:
     """A model with everything that changes while it trains.
 
     `trained` is all that learns: the model, here nothing beside it. Training that reads other batches, trains more than
-    the model or minimises more than its loss overrides `make_trained`, `make_batches` and `part_loss`.
+    the model or minimises more than its loss overrides `make_trained`, `make_batches`, `part_loss` and `before_step`.
     """
 
     def __init__(self, job: Job) -> None:
@@ -63,7 +63,7 @@ class Trainer:
             self.model.activation_checkpointing = True
         self.model.train()
         self.trained = self.make_trained()
-        self.parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.trained, settings)
         self.schedule = make_schedule(settings)
         self.veins = VeinSchedule(self.model, settings)
@@ -119,6 +119,7 @@ class Trainer:
             raise self._not_finite(loss_value, norm, parts)
         if settings.clip and norm > settings.clip and all_finite(norm):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip, norm_0d)
+        self.before_step()
         self.last_lr, self.last_norm = self.schedule(at.step), norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.last_lr * group["factor"]
@@ -129,6 +130,9 @@ class Trainer:
         at.since_loss += loss_value
         at.since_steps += 1
         at.since_seconds += time.perf_counter() - began
+
+    def before_step(self) -> None:
+        """What else is done with gradients before they are applied; here nothing."""
 
     def _scaler_can_help(self, loss: float) -> bool:
         """Whether infinite gradients only mean that float16's scale is too high: the scaler skips such a step."""
