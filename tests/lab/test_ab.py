@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,22 @@ def test_two_finished_runs_are_compared_in_the_same_words(
     assert "One run each: nothing is claimed from that" in text
     assert "projection='none' (was 'flat')" in text
     assert f"report: {target}" in capsys.readouterr().out
+
+
+def test_runs_that_cannot_be_compared(begun: tuple[Path, ABResult], quick: dict[str, Any], tmp_path: Path) -> None:
+    run = begun[0] / "out/runs/flat/seed-0"
     with pytest.raises(FormatError, match="holds no run; give the --out of a finished"):
-        compare_runs(runs[0], tmp_path)
+        compare_runs(run, tmp_path)
+    shutil.copytree(run, tmp_path / "stopped")
+    (tmp_path / "stopped/result.json").unlink()
+    with pytest.raises(FormatError, match="stopped is not finished; go on with `headwise resume"):
+        compare_runs(run, tmp_path / "stopped")
+    other = tmp_path / "other.txt"
+    other.write_text(Path(quick["data"]).read_text()[:6000])
+    options = {name: value for name, value in quick.items() if name in DistillSettings.model_fields}
+    distill(**{**options, "data": str(other)}, projection="none", out=tmp_path / "run", progress=False)
+    with pytest.raises(SettingsError, match="were trained on different data, small and other"):
+        compare_runs(run, tmp_path / "run")
 
 
 # --- before anything runs ---------------------------------------------------------------------------------------------

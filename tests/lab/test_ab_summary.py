@@ -100,13 +100,9 @@ def test_first_step_at_a_loss(losses: list[float], goal: float) -> None:
     if not below:
         assert found is None
         return
-    assert found is not None
     i = below[0]
-    assert 10 * i <= found + 1e-6
-    assert found <= 10 * (i + 1) + 1e-6
-    if i and found < 10 * (i + 1) and found > 10 * i:
-        share = (found - 10 * i) / 10
-        assert losses[i - 1] * (1 - share) + losses[i] * share == pytest.approx(goal, abs=1e-6)
+    share = 1.0 if i == 0 else (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
+    assert found == pytest.approx(10 * (i + share))
 
 
 def test_steps_to_the_baselines_loss(result: ABResult) -> None:

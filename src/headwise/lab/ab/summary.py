@@ -129,7 +129,7 @@ def first_at(curve: Series, goal: float) -> float | None:
     before: tuple[int, float] | None = None
     for step, loss in zip(curve.step, curve.loss, strict=True):
         if loss <= goal:
-            if before is None or before[1] == loss:
+            if before is None:
                 return float(step)
             return before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - loss)
         before = (step, loss)
