@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from headwise.data.examples import load_examples
 from headwise.data.spans import TeacherWindows
@@ -121,7 +122,7 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
     for teacher in teachers:
         _check_sizes(teacher.spec, settings, None, "teacher")
         _check_words(teacher, dataset.tokenizer, settings)
-        Matching(teacher.spec, spec, settings)  # shapes that do not fit
+        sketch(teacher, spec, settings)  # shapes that do not fit
         if any(stage.layerwise for stage in stages_of(settings)):
             check_layerwise(spec, teacher.spec)
     check_vein(spec, settings)
@@ -210,7 +211,13 @@ def _reread(teacher: Teacher, dataset: Examples, settings: DistillSettings) -> d
 
 def needed_of(job: DistillJob, teacher: Teacher) -> frozenset[str]:
     """The signals of a teacher that training asks for."""
-    return Matching(teacher.spec, job.spec, job.settings).of_teacher
+    return sketch(teacher, job.spec, job.settings).of_teacher
+
+
+def sketch(teacher: Teacher, student: ModelSpec, settings: DistillSettings) -> Matching:
+    """What a run would match the two by, to be looked at; no random number is drawn from the caller's."""
+    with torch.random.fork_rng(devices=[]):
+        return Matching(teacher.spec, student, settings)
 
 
 def _store(job: DistillJob, teacher: Teacher) -> TeacherStore | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headwise.distill.job import cache_size, prepare, settled
-from headwise.distill.matching import Matching
+from headwise.distill.job import cache_size, prepare, settled, sketch
 from headwise.distill.settings import DistillSettings
 from headwise.spec import count
 
@@ -52,7 +51,7 @@ def plan(settings: DistillSettings) -> Plan:
     """What `distill` would do. Raises what it would raise before its first step."""
     job = prepare(settled(settings))
     settings = job.settings
-    beside = [Matching(teacher.spec, job.spec, settings) for teacher in job.teachers]
+    beside = [sketch(teacher, job.spec, settings) for teacher in job.teachers]
     tokens = settings.steps * settings.batch_size * settings.accumulate * settings.seq_len
     return Plan(
         student=(str(job.spec), count(job.spec).params),
