@@ -55,7 +55,8 @@ SHARED |= {"linear", "attention.recurrence", "io.gguf.tokenizer"}
 BY_NAME = {"__init__.py", "registry.py", "lab/worker.py", "io/remote_code/modeling_headwise.py"}
 # Files that hold no tensors and so must not cost torch's start.
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
-TORCH_FREE |= {"cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}
+TORCH_FREE |= {f"lab/ab/{name}.py" for name in ("__init__", "arms", "result", "summary", "words", "markdown")}
+TORCH_FREE |= {"lab/claims.py", "cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}
 TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
 TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
 TORCH_FREE |= {"generate/__init__.py", "generate/scheduler.py", "cache/__init__.py", "cache/block_manager.py"}

@@ -55,7 +55,7 @@ class Claim:
     needs: tuple[dict[str, Any], ...]
     judge: Callable[[ABResult], list[Measured]]
     kind: str = "trained"
-    run: str = "headwise distill ab --arms none,flat,structured,structured:share=no,structured:init=random --seeds 6 …"
+    run: str = "python benchmarks/bench_distill_shakespeare.py"
 
 
 @dataclass(frozen=True)
