@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_distillations import QUICK, check_same_student, run
 
+import headwise as hw
 from headwise.distill import DistillSettings, resume
 from headwise.distill.job import prepare, settled
 from headwise.distill.router import Router, mixture_loss, prompts
@@ -167,6 +168,16 @@ def test_unlike_vocabularies(
     with pytest.raises(SettingsError, match=message):
         run(foreign, text_file, tokenizer="char", out=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_alone_read_any_ids_that_they_have(teacher: Path, text_file: Path, tmp_path: Path) -> None:
+    """A teacher without a tokenizer is taken at its word, as far as its vocabulary goes."""
+    hw.save_pretrained(hw.load(teacher), tmp_path / "bare")
+    assert run(tmp_path / "bare", text_file, tokenizer="char").steps == 6
+    with pytest.raises(SettingsError, match="tokenizer: neither teacher nor student brings one"):
+        run(tmp_path / "bare", text_file)
+    with pytest.raises(SettingsError, match="teacher: its vocabulary is 52, the data need 256 ids"):
+        run(tmp_path / "bare", text_file, tokenizer="byte")
 
 
 def test_a_router_wants_one_vocabulary(foreign: Path, teacher: Path, text_file: Path) -> None:

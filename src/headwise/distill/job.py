@@ -120,8 +120,8 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
     )
     _check_sizes(spec, settings, needed, "student")
     for teacher in teachers:
-        _check_sizes(teacher.spec, settings, None, "teacher")
         _check_words(teacher, dataset.tokenizer, settings)
+        _check_sizes(teacher.spec, settings, needed if teacher.reads(dataset.tokenizer) else None, "teacher")
         sketch(teacher, spec, settings)  # shapes that do not fit
         if any(stage.layerwise for stage in stages_of(settings)):
             check_layerwise(spec, teacher.spec)
