@@ -58,7 +58,6 @@ TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.p
 TORCH_FREE |= {f"lab/ab/{name}.py" for name in ("__init__", "arms", "result", "summary", "words", "markdown")}
 TORCH_FREE |= {"lab/claims.py", "cli/__init__.py", "cli/dispatch.py", "train/__init__.py", "train/settings.py"}
 TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
-TORCH_FREE |= {"distill/__init__.py", "distill/settings.py"}
 TORCH_FREE |= {"generate/__init__.py", "generate/scheduler.py", "cache/__init__.py", "cache/block_manager.py"}
 MODEL_FILES = {"safetensors", "gguf", "pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle"}
 
