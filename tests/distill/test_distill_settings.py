@@ -39,8 +39,9 @@ def test_texts_as_the_command_line_gives_them() -> None:
 def test_a_recipe_sets_what_nobody_else_did(recipe: str) -> None:
     made = DistillSettings(**BOTH, recipe=recipe, lr=0.123).with_recipe()
     assert made.lr == 0.123
+    assert DistillSettings(**BOTH, recipe=recipe, projection="flat").with_recipe().projection == "flat"
     for name, value in PRESETS[recipe].items():
-        assert name == "lr" or getattr(made, name) == value
+        assert getattr(made, name) == value
     assert made.with_recipe() == made
 
 

@@ -17,9 +17,9 @@ SILENT = frozenset({"run_name", "cache_dir"})
 # What a recipe sets where nothing else was asked for.
 PRESETS: dict[str, dict[str, Any]] = {
     "kv": {},
-    "heal": {"projection": "none", "hidden": 1.0, "logit_kd": (2.0, 1.0), "lr": 3e-4},
-    "lolcats": {"projection": "none", "stages": (0.5, 0.5), "lr": 1e-3},
-    "mohawk": {"projection": "none", "stages": (0.2, 0.3, 0.5), "logit_kd": (1.0, 1.0), "lr": 1e-3},
+    "heal": {"projection": "none", "hidden": 0.3, "logit_kd": (1.0, 2.0)},
+    "lolcats": {"projection": "none", "stages": (0.5, 0.5)},
+    "mohawk": {"projection": "none", "stages": (0.2, 0.3, 0.5), "logit_kd": (1.0, 1.0)},
 }
 
 
