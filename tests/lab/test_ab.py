@@ -82,6 +82,9 @@ def test_it_goes_on_with_more_seeds_and_arms_and_the_same_cache(
     assert not result.failed_runs
     header = json.loads((folder / "cache/header.json").read_text())
     assert set(header["fields"]) == {"keys", "values"}
+    pair = compare_runs(out / "runs/flat/seed-0", out / "runs/none/seed-1")
+    assert [v.val_loss.mean for v in pair.variants] == [result.variants[i].val_loss.per_seed[i] for i in (0, 1)]
+    assert any("Their seeds differ" in note for note in pair.notes)
     assert main(["resume", str(out), "--json"]) == 0  # all is done: it is only read
     again = json.loads(capsys.readouterr().out)["variants"]
     assert again == [variant.model_dump(mode="json") for variant in result.variants]
