@@ -217,6 +217,19 @@ def test_bad_input_is_one_clear_error_before_any_training(
     assert not out.exists()
 
 
+def test_limits_take_the_first_examples(
+    teacher: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "<|prompt|>the head<|answer|> is wise"} for _ in range(9)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--train-limit", "4", "--val-limit", "2", "--epochs", "2", "--loss-on", "completion"]
+    told = run_json(capsys, *argv(teacher, str(tmp_path), *more, "--out", str(tmp_path / "run")))
+    assert told["steps"] == 2  # 4 windows, 4 at once, twice
+    assert list(told["val_loss_by_part"]) == ["answer"]
+    assert run(capsys, *argv(teacher, text, "--val-limit", "2"))[0] == 2
+
+
 def test_segments_that_do_not_cover_the_text_are_refused_with_row_and_place(
     teacher: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

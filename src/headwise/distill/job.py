@@ -107,6 +107,8 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
         format=settings.format,
         text_column=settings.text_column,
         val_fraction=settings.val_fraction,
+        train_limit=settings.train_limit,
+        val_limit=settings.val_limit,
         keep_texts=settings.align == "spans",
     )
     needed = dataset.tokenizer.vocab_size

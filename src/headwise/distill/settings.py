@@ -109,6 +109,12 @@ class DistillSettings(TrainSettings):
     format: Literal["auto", "gsm8k", "chat", "marks", "text"] = Field(
         "auto", description="what the data's lines are; auto looks at them"
     )
+    train_limit: int | None = Field(
+        None, ge=1, description="examples of the training split, the first ones; not for text"
+    )
+    val_limit: int | None = Field(
+        None, ge=1, description="examples of the validation split, the first ones; not for text"
+    )
     loss_on: Literal["all", "completion"] = Field("all", description="completion: prompts are read and not predicted")
     cache_teacher: bool = Field(False, description="keep what the teacher makes of the data on disk, computed once")
     cache_dtype: Literal["bfloat16", "int8", "float32"] = Field(

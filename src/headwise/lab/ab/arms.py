@@ -24,6 +24,7 @@ SHARED = {
     *("teacher", "teacher_weights", "student", "init_from", "align", "batch_size", "accumulate", "seq_len", "size"),
     *("threads", "device", "deterministic", "compile", "log_every", "eval_every", "checkpoint_every", "measure_rows"),
     *("cache_teacher", "cache_dtype", "cache_dir", "tensorboard", "run_name", "projection"),
+    *("train_limit", "val_limit"),
 }
 # What an arm has that does not say otherwise, for telling in which settings two arms differ.
 DEFAULTS: dict[str, Any] = {"share_dim_proj": True, "init_uniform": True}
