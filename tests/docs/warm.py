@@ -20,7 +20,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-LOADED = ("headwise.cli.compare", "headwise.cli.generate", "headwise.cli.train")
+LOADED = (
+    "headwise.cli.compare",
+    "headwise.cli.generate",
+    "headwise.cli.train",
+    "headwise.distill.run",
+    "headwise.lab.report.ab",
+)
 # -I and -S: it needs nothing but the standard library, and starts in a hundredth of a second.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
