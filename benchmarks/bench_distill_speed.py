@@ -17,7 +17,8 @@ from pathlib import Path
 
 from bench_distill_real import model_file
 from common import interleaved, median_ratio, report
-from headwise.distill.job import fill_stores, prepare, settled
+from headwise.distill.caching import fill_stores
+from headwise.distill.job import prepare, settled
 from headwise.distill.profile import profile
 from headwise.distill.settings import DistillSettings
 from headwise.distill.trainer import DistillTrainer

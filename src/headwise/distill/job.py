@@ -8,31 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from headwise.data.examples import load_examples
 from headwise.data.spans import TeacherWindows
 from headwise.data.tokenizers import load_tokenizer
-from headwise.data.windows import WindowBatches, Windows
-from headwise.distill.matching import Matching
+from headwise.data.windows import Windows
+from headwise.distill.caching import sketch, store_of
 from headwise.distill.mixing import check_layerwise
 from headwise.distill.recipes import stages_of
 from headwise.distill.settings import DistillSettings
-from headwise.distill.store import StoreKey, TeacherStore
 from headwise.distill.teacher import Teacher, is_saved
 from headwise.errors import DataError, SettingsError
 from headwise.io.json_file import read_object
 from headwise.io.pretrained import saved_spec
 from headwise.spec import ModelSpec, parse
-from headwise.train.job import Job, pinned, resolve_device, torch_state
+from headwise.train.job import Job, pinned, resolve_device
 from headwise.train.vein import check_vein, with_last_tau
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from headwise.data.examples import Examples
     from headwise.data.tokenizers import Tokenizer
 
@@ -138,7 +130,7 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
     job = DistillJob(with_last_tau(spec, settings), settings, dataset, device, teachers, start)
     if settings.cache_teacher:
         for teacher in teachers:
-            teacher.store = _store(job, teacher)
+            teacher.store = store_of(job, teacher)
     return job
 
 
@@ -209,67 +201,3 @@ def _reread(teacher: Teacher, dataset: Examples, settings: DistillSettings) -> d
             f"max_seq_len={most}; choose a smaller seq_len"
         )
     return made
-
-
-def needed_of(job: DistillJob, teacher: Teacher) -> frozenset[str]:
-    """The signals of a teacher that training asks for."""
-    return sketch(teacher, job.spec, job.settings).of_teacher
-
-
-def sketch(teacher: Teacher, student: ModelSpec, settings: DistillSettings) -> Matching:
-    """What a run would match the two by, to be looked at; no random number is drawn from the caller's."""
-    with torch.random.fork_rng(devices=[]):
-        return Matching(teacher.spec, student, settings)
-
-
-def _store(job: DistillJob, teacher: Teacher) -> TeacherStore | None:
-    """Where what the teacher makes of the training windows is kept; None where it is asked for nothing.
-
-    Raises DataError where the folder holds a cache of another teacher, data set, length or dtype.
-    """
-    settings, fields = job.settings, needed_of(job, teacher)
-    if not fields:
-        return None
-    own = teacher.windows.get("train")
-    lengths = batches_of(job).windows.lengths if own is None else own.lengths
-    data, seq_len = job.dataset.fingerprint, settings.seq_len
-    if own is not None:
-        data, seq_len = own.fingerprint, own.seq_len
-    key = StoreKey(teacher.fingerprint, data, seq_len, settings.cache_dtype)
-    folder = settings.cache_dir or key.folder().with_name("-".join([key.folder().name, *sorted(fields)]))
-    return TeacherStore(folder, key, lengths, fields)
-
-
-def cache_size(job: DistillJob) -> int:
-    """Bytes that the teachers' caches take, or would, for this run, beyond what is there already."""
-    total = 0
-    for teacher in job.teachers:
-        if (store := teacher.store or _store(job, teacher)) is not None:
-            rows = store.missing(batches_of(job).rows_of(job.settings.steps))
-            total += store.size_of(rows, teacher.shapes(needed_of(job, teacher)))
-    return total
-
-
-def fill_stores(job: DistillJob, say: Callable[[str], None], progress: bool | None) -> None:
-    """Compute what is to be kept and is not there yet. Raises as `TeacherStore.fill`."""
-    batches = batches_of(job)
-    for teacher in job.teachers:
-        if teacher.store is None:
-            continue
-        fields = needed_of(job, teacher)
-
-        def read(row: int, teacher: Teacher = teacher, fields: frozenset[str] = fields) -> dict[str, Tensor]:
-            own = teacher.windows.get("train")
-            ids_1T = (batches.windows if own is None else own).batch(np.array([row])).ids
-            n = int((batches.windows if own is None else own).lengths[row])
-            return {name: tensor[0] for name, tensor in teacher.read(ids_1T[:, :n].to(teacher.device), fields).items()}
-
-        with torch_state(job.settings, job.device):  # the threads of a live teacher: their number decides last bits
-            teacher.store.fill(batches.rows_of(job.settings.steps), read, say=say, progress=progress)
-
-
-def batches_of(job: DistillJob) -> WindowBatches:
-    """The training batches, a pure function of the step."""
-    settings = job.settings
-    rows = settings.batch_size * settings.accumulate
-    return WindowBatches(job.dataset.train, rows, settings.seq_len, settings.seed, settings.loss_on)

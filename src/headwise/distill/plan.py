@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headwise.distill.job import cache_size, prepare, settled, sketch
+from headwise.distill.caching import cache_size, sketch
+from headwise.distill.job import prepare, settled
 from headwise.distill.settings import DistillSettings
 from headwise.spec import count
 

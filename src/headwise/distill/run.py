@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise.distill.job import fill_stores, prepare, settled
+from headwise.distill.caching import fill_stores
+from headwise.distill.job import prepare, settled
 from headwise.distill.lora import merge_lora
 from headwise.distill.settings import DistillSettings
 from headwise.distill.trainer import DistillTrainer

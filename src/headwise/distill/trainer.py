@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headwise.distill.beside import Beside, joined, parted
+from headwise.distill.caching import batches_of
 from headwise.distill.capture import capture
-from headwise.distill.job import batches_of
 from headwise.distill.lesson import Lesson
-from headwise.distill.lora import PARAMETRISED, add_lora, plain_tensors
+from headwise.distill.lora import add_lora
 from headwise.distill.losses import logit_kd
 from headwise.distill.matching import Matching, Seen
 from headwise.distill.measure import measure
@@ -22,7 +22,7 @@ from headwise.distill.recipes import SIGNALS, Layerwise, Stage, has_updates, lay
 from headwise.distill.router import Router, mixture_loss
 from headwise.errors import TrainingError
 from headwise.io.pretrained import load
-from headwise.io.tensors import fill_module, module_tensors
+from headwise.io.tensors import fill_module
 from headwise.train.guards import all_finite
 from headwise.train.objective import IGNORED, Example
 from headwise.train.parts import evaluate_examples
@@ -37,20 +37,7 @@ if TYPE_CHECKING:
     from headwise.train.evaluation import EvalResult
 
 
-# Before the names, in a checkpoint's second file: what learns beside the student, and a student's weights apart from
-# the low-rank updates that its own file has added to them.
-BESIDE, UPDATED = "beside/", "updated/"
-ATTENTION_MAPS = ("wq", "wk", "wv", "wo")
-
-
-class Beside(nn.Module):
-    """The student's own children under their own names, and next to them what learns beside it: for the optimiser and
-    its checkpoints all of it is one module, and every parameter of the student keeps its name."""
-
-    def __init__(self, student: nn.Module, **others: nn.Module) -> None:
-        super().__init__()
-        for name, child in [*student.named_children(), *others.items()]:
-            self.add_module(name, child)
+ATTENTION_MAPS = ("wq", "wk", "wv", "wo")  # that low-rank updates are added to
 
 
 class DistillTrainer(Trainer):
@@ -257,24 +244,18 @@ class DistillTrainer(Trainer):
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As training's; the optimiser's file also has what learns beside the student."""
-        held, others = super().tensors()
-        beside = {f"{BESIDE}{name}": tensor for name, tensor in module_tensors(self.beside).items()}
-        updated = {f"{UPDATED}{name}": tensor for name, tensor in held.items() if PARAMETRISED in name}
-        return plain_tensors(self.model), others | beside | updated
+        _, others = super().tensors()
+        model, beside = parted(self.model, self.beside)
+        return model, others | beside
 
     def numbers(self) -> dict[str, Any]:
         sums = {name: [total.item(), count] for name, (total, count) in self.sums.items()}
         return {**super().numbers(), "sums": sums, "measured": self.measured}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        own: dict[str, dict[str, Tensor]] = {BESIDE: {}, UPDATED: {}, "": {}}
-        for name, tensor in checkpoint.optimizer.items():
-            kind = next(prefix for prefix in own if name.startswith(prefix))
-            own[kind][name.removeprefix(kind)] = tensor
-        merged = {name.partition(PARAMETRISED)[0] + ".weight" for name in own[UPDATED]}
-        model = {name: tensor for name, tensor in checkpoint.model.items() if name not in merged} | own[UPDATED]
-        super().restore(replace(checkpoint, model=model, optimizer=own[""]))
-        fill_module(self.beside, own[BESIDE], checkpoint.path)
+        plain, beside = joined(checkpoint)
+        super().restore(plain)
+        fill_module(self.beside, beside, checkpoint.path)
         state = checkpoint.state
         device = self.job.device
         self.sums = {name: (torch.tensor(total, device=device), n) for name, (total, n) in state["sums"].items()}
