@@ -32,8 +32,11 @@ def likeness(arm: ArmResult) -> str:
     own, shuffled = _mean(each.mean for each in cosines), _mean(each.shuffled for each in cosines)
     if own is None or shuffled is None:
         return "has no projected teacher to be compared with."
-    text = f"reaches a cosine of {number(own)} with its own teacher and {number(shuffled)} with shuffled ones, a gap "
-    text += f"of {signed(own - shuffled, 3)}.{_rise(cosines)}"
+    fixed = "through a fixed map, for nothing is learned from it, " * (arm.settings.get("projection") == "none")
+    text = (
+        f"reaches {fixed}a cosine of {number(own)} with its own teacher and {number(shuffled)} with shuffled ones, "
+        f"a gap of {signed(own - shuffled, 3)}.{_rise(cosines)}"
+    )
     if arm.collapse == "collapsed":
         text += (
             " This cosine shows no alignment: with the teacher’s reading of another text it is nearly as high. The "
