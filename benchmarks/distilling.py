@@ -42,7 +42,7 @@ SIZES = {
         teacher="llama(d_model=512, n_layers=6, n_heads=8)",
         student="llama(d_model=256, n_layers=3, n_heads=8, attention=gqa(kv_heads=4))",
         teacher_steps=3000,
-        steps=3000,
+        steps=1500,
         batch_size=32,
         seq_len=256,
     ),
@@ -56,6 +56,9 @@ def options(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=WORK, help="where models and runs are kept, and found again")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, help="of a student; default what fits the size")
+    parser.add_argument(
+        "--workers", type=int, help="runs at once; default one a core, and one on a GPU, which has room"
+    )
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     return parser.parse_args()
 
