@@ -62,9 +62,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=SIZES, default="cpu", help="gpu: ten times the size")
     parser.add_argument("--out", type=Path, default=WORK, help="where runs are kept, and found again")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--workers", type=int, help="runs at once; default one a core, and one on a GPU, which has room"
-    )
+    parser.add_argument("--workers", type=int, help="runs at once; default one a core, on a GPU one")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     given = parser.parse_args()
     size = SIZES[given.size]

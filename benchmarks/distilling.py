@@ -56,9 +56,7 @@ def options(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=WORK, help="where models and runs are kept, and found again")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, help="of a student; default what fits the size")
-    parser.add_argument(
-        "--workers", type=int, help="runs at once; default one a core, and one on a GPU, which has room"
-    )
+    parser.add_argument("--workers", type=int, help="runs at once; default one a core, on a GPU one")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     return parser.parse_args()
 
