@@ -248,6 +248,22 @@ def test_the_verdict_stands_first_and_every_figure_is_there(result: ABResult) ->
     assert headline(make_ab("flat,structured", n_seeds=2)) == "structured against flat: undecided"
 
 
+def test_arms_with_other_layers_stand_in_one_table() -> None:
+    """With the projector on the student's side the layers are the teacher's, of which there may be more."""
+    runs, setup = make_inputs()
+    for run in runs:
+        if run.variant == 2:
+            for each in run.likeness.values():
+                each.layers = [*each.layers, None, 0.00001]
+    text = markdown(judged(runs, setup))
+    rows = re.search(r"Cosine of keys, by layer:\n\n((?:^\|.*\n)+)", text, re.MULTILINE)
+    assert rows is not None
+    table = rows[1].splitlines()
+    assert {row.count("|") for row in table} == {LAYERS + 4}
+    assert next(row for row in table if row.startswith("| structured, own")).endswith("| – | 0.000 |")
+    assert next(row for row in table if row.startswith("| flat, own")).endswith("| – | – |")
+
+
 def test_the_result_is_read_back_as_it_was(result: ABResult, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("ab")
     result.save(folder)

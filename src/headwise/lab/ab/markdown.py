@@ -123,7 +123,9 @@ def _likeness(result: ABResult) -> list[str]:
             for what, layers in (("own", alignment.layers), ("shuffled", alignment.shuffled_layers))
         ]
         if rows:
-            layers = [f"layer {i}" for i in range(max(len(row) for row in rows) - 1)]
+            width = max(map(len, rows))  # with the projector on the student's side, layers are the teacher's
+            layers = [f"layer {i}" for i in range(width - 1)]
+            rows = [row + [NONE] * (width - len(row)) for row in rows]
             text += f"\n\n{title}, by layer:\n\n" + table(["Arm", *layers], rows)
     return [text]
 

@@ -111,8 +111,8 @@ def own_and_shuffled(alignment: Alignment | None) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, with a real minus sign."""
-    return f"{value:.3f}".replace("-", "−")
+    """Three digits, with a real minus sign; zero has none."""
+    return signed(value, 3).removeprefix("+")
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
