@@ -35,7 +35,7 @@ SIZES = {
     "cpu": Size(
         teacher="llama(d_model=192, n_layers=4, n_heads=6)",
         student="llama(d_model=96, n_layers=2, n_heads=4, attention=gqa(kv_heads=2))",
-        teacher_steps=1200,
+        teacher_steps=1500,
         steps=600,
     ),
     "gpu": Size(
