@@ -42,7 +42,7 @@ format: .venv/installed-dev  ## put every file into ruff's format
 docs: .venv/installed-dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/installed-dev .venv/installed-model  ## run the benchmarks, each of which prints its figures
+bench: .venv/installed-dev .venv/installed-model  ## run the benchmarks, each of which prints its figures (one reads GSM8K from the folder gsm8k)
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 # A GPU machine brings torch and Triton of its own: nothing is installed, and the source tree is what runs.

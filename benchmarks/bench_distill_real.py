@@ -23,7 +23,7 @@ from headwise.lab.ab.words import sentences
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained: problems of each split, and what a student makes of them."""
+    """How much is trained: the first problems of each split, and what a student makes of them."""
 
     student: str
     train: int
@@ -47,18 +47,9 @@ def model_file() -> Path:
     return Path(os.path.relpath(next(Path(found.origin).parent.glob("*.gguf"))))  # for commands that anyone can repeat
 
 
-def first_problems(source: Path, target: Path, size: Size) -> Path:
-    """A folder with the first problems of each split."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name, n in (("train.jsonl", size.train), ("test.jsonl", size.val)):
-        lines = (source / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (target / name).write_text("".join(lines[:n]), encoding="utf-8")
-    return target
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--gsm8k", type=Path, default=Path("gsm8k"), help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="gpu: ten times the size")
     parser.add_argument("--out", type=Path, default=WORK, help="where runs are kept, and found again")
     parser.add_argument("--seeds", type=int, default=5)
@@ -72,8 +63,10 @@ if __name__ == "__main__":
         student=size.student,
         arms="none,flat,structured",
         seeds=given.seeds,
-        data=str(first_problems(given.gsm8k, given.out / f"gsm8k-{size.train}-{size.val}", size)),
+        data=os.path.relpath(given.gsm8k),
         format="gsm8k",
+        train_limit=size.train,
+        val_limit=size.val,
         steps=size.steps,
         eval_every=size.steps // 4,
         batch_size=size.batch_size,
