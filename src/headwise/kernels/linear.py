@@ -2,7 +2,7 @@
 
 torch hands float32 products on a CPU to MKL, whose product with one row of x runs in one thread and reads W at a third
 to a half of the memory's speed: that product is what decoding one token consists of. oneDNN, which torch carries along
-for its other types, reads W in all threads, and is quicker with more rows too (measured: docs/generation.md). It is
+for its other types, reads W in all threads, and is quicker with more rows too (benchmarks/bench_generation.py). It is
 reached by the operator that `torch.compile` puts into compiled models. That operator has no backward pass, so
 everything that may need one stays with torch's choice.
 """
