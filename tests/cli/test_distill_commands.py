@@ -167,6 +167,8 @@ def test_every_flag_of_document_004_is_a_field() -> None:
 
 BAD: list[tuple[list[str], str]] = [
     (["--teacher", "nowhere/model"], "nowhere/model is no folder"),
+    (["--teacher", "taecher"], "teacher: there is no file or folder 'taecher', and as a line: "),
+    (["--student", "lama"], "student: there is no file or folder 'lama', and as a line: "),
     (["--teacher", "llama(d_model=8", "--tokenizer", "char"], "not a call expression"),
     (["--projection", "round"], "projection: given 'round', should be 'none', 'flat' or 'structured'"),
     (["--lambda-kv", "-1"], "lambda_kv: given '-1', should be greater than or equal to 0"),

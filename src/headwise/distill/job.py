@@ -17,7 +17,7 @@ from headwise.distill.mixing import check_layerwise
 from headwise.distill.recipes import stages_of
 from headwise.distill.settings import DistillSettings
 from headwise.distill.teacher import Teacher, is_saved
-from headwise.errors import DataError, SettingsError
+from headwise.errors import DataError, SettingsError, SpecError
 from headwise.io.json_file import read_object
 from headwise.io.pretrained import saved_spec
 from headwise.spec import ModelSpec, parse
@@ -88,9 +88,12 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
     if settings.dtype == "float16" and device.type != "cuda":
         raise SettingsError(f"dtype: float16 needs a CUDA GPU, the device is {device}; use bfloat16 or float32")
     start = Path(student) if is_saved(student) and line is None else None
-    spec = parse(line) if line is not None else saved_spec(student) if start is not None else parse(student)
+    spec = parse(line) if line is not None else saved_spec(student) if start is not None else _line("student", student)
     if spec.architecture != "decoder":
         raise SettingsError(f"student: {student} is an {spec.architecture}; a causal decoder is wanted")
+    for name in settings.teacher:
+        if not is_saved(name):
+            _line("teacher", name)
     loaded = {name: Teacher.load(name, device) for name in settings.teacher if is_saved(name)}
     tokenizer = _tokenizer(settings, loaded)
     dataset = load_examples(
@@ -132,6 +135,16 @@ def prepare(settings: DistillSettings, line: str | None = None) -> DistillJob:
         for teacher in teachers:
             teacher.store = store_of(job, teacher)
     return job
+
+
+def _line(role: str, text: str) -> ModelSpec:
+    """The line; who gives a single word may as well have meant a folder."""
+    try:
+        return parse(text)
+    except SpecError as error:
+        if "(" in text:
+            raise
+        raise SettingsError(f"{role}: there is no file or folder {text!r}, and as a line: {error}") from None
 
 
 def _tokenizer(settings: DistillSettings, teachers: dict[str, Teacher]) -> Tokenizer | str:
