@@ -33,6 +33,8 @@ ROWS = {
     "prefill of 1,024 tokens": ("prompt", ("headwise", None), ("transformers", None), 1.2),
     "32 requests of mixed length": ("requests", ("headwise", None), ("transformers", None), 3.0),
 }
+# Rounds at most, of a row in which each takes long by itself.
+FEW_ROUNDS = {"32 requests of mixed length": 2}
 # Measured beside them, without a target.
 MORE = {
     "batch-1 decoding, quantised": ("headwise", "int8"),
@@ -178,7 +180,7 @@ def measure(row: str, pythons: dict[str, str | None], paths: dict[str, str], rou
         except ChildProcessError as error:
             missing[label(name, kept)] = str(error)
     rates: dict[str, list[float]] = {name: [] for name in subjects}
-    for r in range(rounds):
+    for r in range(min(rounds, FEW_ROUNDS.get(row, rounds))):
         turn = list(subjects)
         for name in turn[r % len(turn) :] + turn[: r % len(turn)]:
             rates[name].append(subjects[name].rate())
