@@ -21,38 +21,23 @@ from headwise.train import train
 UNTRAINED = "llama(d_model=8, n_layers=2, n_heads=2)"
 
 
+def reader_of(tokenizer: str, text_file: Path, out: Path) -> Path:
+    """A teacher trained for a moment with that tokenizer."""
+    sizes = {"seq_len": 16, "steps": 5, "threads": 1, "eval_every": 0}
+    train("llama(d_model=16, n_layers=3, n_heads=2)", data=str(text_file), tokenizer=tokenizer, out=out, **sizes)
+    return out
+
+
 @pytest.fixture(scope="module")
 def foreign(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that reads tokens of several characters."""
-    out = tmp_path_factory.mktemp("foreign") / "run"
-    train(
-        "llama(d_model=16, n_layers=3, n_heads=2)",
-        data=str(text_file),
-        tokenizer="bpe:300",
-        out=out,
-        seq_len=16,
-        steps=5,
-        threads=1,
-        eval_every=0,
-    )
-    return out
+    return reader_of("bpe:300", text_file, tmp_path_factory.mktemp("foreign") / "run")
 
 
 @pytest.fixture(scope="module")
 def bytewise(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with other ids for the same characters."""
-    out = tmp_path_factory.mktemp("bytes") / "run"
-    train(
-        "llama(d_model=16, n_layers=3, n_heads=2)",
-        data=str(text_file),
-        tokenizer="byte",
-        out=out,
-        seq_len=16,
-        steps=5,
-        threads=1,
-        eval_every=0,
-    )
-    return out
+    return reader_of("byte", text_file, tmp_path_factory.mktemp("bytes") / "run")
 
 
 # ---- several ----
