@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from headwise.errors import HeadwiseError, Problem, SettingsError, SpecError
 from headwise.lab.match import match
 from headwise.lab.result import VariantInfo
-from headwise.lab.runner import Task, cores
+from headwise.lab.runner import Task, threads_of, workers_of
 from headwise.lab.settings import CompareSettings
 from headwise.model import build
 from headwise.spec import ModelSpec, count, parse
@@ -60,15 +60,13 @@ class Plan:
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of a run: one, so that runs fill the cores; torch's choice where a GPU does the work."""
-        return self.settings.threads or (1 if self.device.type == "cpu" else None)
+        """CPU threads of a run."""
+        return threads_of(self.settings.threads, self.device)
 
     @property
     def workers(self) -> int:
-        """Runs at once: as asked for, else as many as have a core each, and one on a GPU."""
-        if self.settings.workers is not None:
-            return self.settings.workers
-        return max(1, cores() // (self.threads or 1)) if self.device.type == "cpu" else 1
+        """Runs at once."""
+        return workers_of(self.settings.workers, self.threads, self.device)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -124,23 +122,9 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
     lr = settings.lr if not settings.lr_grid else settings.lr_grid[0] if len(settings.lr_grid) == 1 else None
     variants = []
     for index, (text, each) in enumerate(zip(texts, matches)):
-        counts = count(each.spec, settings.seq_len)
-        variants.append(
-            VariantInfo(
-                line=text,
-                resolved=str(each.spec),
-                params=counts.params,
-                flops_per_token=counts.flops_per_token,
-                params_by_part=counts.params_by_part,
-                train_flops_per_token=counts.train_flops_per_token,
-                kv_bytes_per_token=counts.kv_bytes_per_token,
-                match_note=each.note,
-                match_off=each.off if index else None,
-                match_reached=each.reached,
-                steps=settings.steps,
-                lr=lr,
-            )
-        )
+        off, reached = each.off if index else None, each.reached
+        more = {"match_note": each.note, "match_off": off, "match_reached": reached, "steps": settings.steps, "lr": lr}
+        variants.append(variant_info(text, each.spec, settings.seq_len, **more))
     return Plan(
         settings,
         dataset,
@@ -149,6 +133,21 @@ def make_plan(lines: Sequence[str | ModelSpec], settings: CompareSettings) -> Pl
         [str(spec) for spec in parsed],
         [each.spec for each in matches],
         variants,
+    )
+
+
+def variant_info(line: str, spec: ModelSpec, context: int, **more: Any) -> VariantInfo:
+    """What is known of a line before it runs: its counts, and `more` of the fields."""
+    counts = count(spec, context)
+    return VariantInfo(
+        line=line,
+        resolved=str(spec),
+        params=counts.params,
+        flops_per_token=counts.flops_per_token,
+        params_by_part=counts.params_by_part,
+        train_flops_per_token=counts.train_flops_per_token,
+        kv_bytes_per_token=counts.kv_bytes_per_token,
+        **more,
     )
 
 

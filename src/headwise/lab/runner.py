@@ -20,13 +20,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from headwise.errors import HeadwiseError, Interrupted
 from headwise.lab.worker import MARK, main_file
 from headwise.registry import ATTENTION, FFN, NORM, POSITION
 from headwise.spec import ModelSpec
 from headwise.train.guards import StopRequest
+
+if TYPE_CHECKING:
+    import torch
 
 POLL_SECONDS = 0.2
 # A worker told to stop finishes its step and writes a checkpoint; a large model's takes a while.
@@ -241,6 +244,18 @@ class Pool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(asked: int | None, device: torch.device) -> int | None:
+    """CPU threads of a run: as asked for, else one, so that runs fill the cores; torch's choice where a GPU works."""
+    return asked or (1 if device.type == "cpu" else None)
+
+
+def workers_of(asked: int | None, threads: int | None, device: torch.device) -> int:
+    """Runs at once: as asked for, else as many as have a core each, and one on a GPU."""
+    if asked is not None:
+        return asked
+    return max(1, cores() // (threads or 1)) if device.type == "cpu" else 1
 
 
 def needed_by(specs: Iterable[ModelSpec]) -> tuple[tuple[str, ...], str | None]:

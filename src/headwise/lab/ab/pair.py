@@ -17,8 +17,9 @@ from headwise.lab.ab.records import read_distilled
 from headwise.lab.ab.result import ABResult, DistillRecord
 from headwise.lab.ab.summary import summarise_ab
 from headwise.lab.compare import environment_of
+from headwise.lab.plan import variant_info
 from headwise.lab.result import DatasetInfo, Setup, VariantInfo
-from headwise.spec import count, parse
+from headwise.spec import parse
 from headwise.train.folder import RunFolder
 
 
@@ -112,19 +113,7 @@ def _notes(one: DistillSettings, other: DistillSettings) -> list[str]:
 
 def _variant(arm: Arm, settings: DistillSettings, about: dict[str, Any]) -> VariantInfo:
     spec = parse(about["resolved_line"])
-    counts = count(spec, settings.seq_len)
-    return VariantInfo(
-        line=arm.name,
-        resolved=str(spec),
-        params=counts.params,
-        flops_per_token=counts.flops_per_token,
-        params_by_part=counts.params_by_part,
-        match_note="",
-        match_off=None,
-        match_reached=True,
-        steps=settings.steps,
-        lr=settings.lr,
-    )
+    return variant_info(arm.name, spec, settings.seq_len, steps=settings.steps, lr=settings.lr)
 
 
 def _command(settings: DistillSettings) -> str:

@@ -16,9 +16,10 @@ from headwise.errors import HeadwiseError, SettingsError
 from headwise.lab.ab.arms import Arm
 from headwise.lab.ab.settings import ABSettings
 from headwise.lab.compare import flag
+from headwise.lab.plan import variant_info
 from headwise.lab.result import DatasetInfo, VariantInfo
-from headwise.lab.runner import Task, cores
-from headwise.spec import ModelSpec, count
+from headwise.lab.runner import Task, threads_of, workers_of
+from headwise.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -48,36 +49,20 @@ class ABPlan:
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of a run: one, so that runs fill the cores; torch's choice where a GPU does the work."""
-        return self.settings.threads or (1 if self.device.type == "cpu" else None)
+        """CPU threads of a run."""
+        return threads_of(self.settings.threads, self.device)
 
     @property
     def workers(self) -> int:
-        """Runs at once: as asked for, else as many as have a core each, and one on a GPU."""
-        if self.settings.workers is not None:
-            return self.settings.workers
-        return max(1, cores() // (self.threads or 1)) if self.device.type == "cpu" else 1
+        """Runs at once."""
+        return workers_of(self.settings.workers, self.threads, self.device)
 
     @property
     def variants(self) -> list[VariantInfo]:
         """What a comparison's result says of each arm."""
-        counts = count(self.student, self.settings.seq_len)
+        student, context = self.student, self.settings.seq_len
         return [
-            VariantInfo(
-                line=arm.name,
-                resolved=str(self.student),
-                params=counts.params,
-                flops_per_token=counts.flops_per_token,
-                params_by_part=counts.params_by_part,
-                train_flops_per_token=counts.train_flops_per_token,
-                kv_bytes_per_token=counts.kv_bytes_per_token,
-                match_note="",
-                match_off=None,
-                match_reached=True,
-                steps=self.steps,
-                lr=_lr(self.settings, arm),
-            )
-            for arm in self.arms
+            variant_info(arm.name, student, context, steps=self.steps, lr=_lr(self.settings, arm)) for arm in self.arms
         ]
 
     def for_run(self, arm: Arm, seed: int, out: Path) -> DistillSettings:
