@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conformance_lines import CAUSAL, model_of, tokens
+from conformance_lines import CAUSAL, WIDTHS, model_of, tokens
 from torch import Tensor
 
 from headwise.cache import ModelCache
@@ -109,3 +109,33 @@ def test_left_padding_reorder_and_fork_in_each_kind(cached_line: str) -> None:
             pieces = [model(more[:, i : i + 2], cache=each) for i in range(0, 8, 2)]
             torch.testing.assert_close(torch.cat(pieces, 1), torch.cat(wanted), atol=1e-5, rtol=1e-5)
         assert other.length == 33
+
+
+def check_last(model: LanguageModel, **more: Tensor) -> None:
+    """A prompt, then three tokens and one: the last token's logits asked for alone are those among all."""
+    ids, cache, stop = tokens(2, 21), model.new_cache(), 0
+    full = model(ids, **more)
+    for n in (17, 3, 1):
+        stop += n
+        last = model(ids[:, stop - n : stop], cache=cache, last=True, **more)
+        torch.testing.assert_close(last, full[:, stop - 1 : stop], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_last_token_alone(causal_line: str) -> None:
+    check_last(model_of(causal_line))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["pre", "post", "sandwich", "reordered"])
+def test_the_last_token_alone_looks_at_its_own_part_of_what_was_read(order: str) -> None:
+    """Cross-attention goes by segments, which the last token alone has to bring along."""
+    model = model_of(f"transformer({WIDTHS}, order={order})")
+    check_last(model, encoder_ids=tokens(2, 23, seed=5))
+    parts = torch.arange(21).ge(12).long().expand(2, -1)
+    read = {"encoder_ids": tokens(2, 9, seed=5), "encoder_segments": torch.arange(9).ge(4).long().expand(2, -1)}
+    full = model(tokens(2, 21), segments=parts, **read)
+    last = model(tokens(2, 21), segments=parts, cache=model.new_cache(), last=True, **read)
+    torch.testing.assert_close(last, full[:, -1:], atol=1e-5, rtol=1e-5)
+    other = model(tokens(2, 21), segments=parts, **read | {"encoder_segments": torch.zeros(2, 9, dtype=torch.long)})
+    assert not torch.allclose(last, other[:, -1:], atol=1e-3)

@@ -81,16 +81,22 @@ class Stack(nn.Module):
         cache: ModelCache | None = None,
         memory_BSC: Tensor | None = None,
         memory_segments: tuple[Tensor, Tensor] | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """Run the blocks on new tokens that stand as `placed` says; `memory_BSC` is what cross-attention looks at."""
+        """Run the blocks on new tokens that stand as `placed` says; `memory_BSC` is what cross-attention looks at.
+
+        With `last`, where there is a cache, [B,1,C]: the last token's vector alone, and the last block computes no more
+        of the others than the cache keeps. Without a cache someone may be watching what is made of them.
+        """
+        last = last and cache is not None
         memory_context = Context(segments=memory_segments)
-        for block, context in zip(self.blocks, self.contexts(placed, cache)):
+        for n, (block, context) in enumerate(zip(self.blocks, self.contexts(placed, cache)), 1):
             args = (x_BTC, context, memory_BSC, memory_context)
             if self.activation_checkpointing and self.training:
                 x_BTC = checkpoint(block, *args, use_reentrant=False)
             else:
-                x_BTC = block(*args)
-        return self.final_norm(x_BTC)
+                x_BTC = block(*args, last=last and n == len(self.blocks))
+        return self.final_norm(x_BTC[:, -1:] if last else x_BTC)
 
 
 class LanguageModel(nn.Module, ABC):

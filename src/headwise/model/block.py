@@ -52,8 +52,16 @@ class Block(nn.Module):
         context: Context,
         memory_BSC: Tensor | None = None,
         memory_context: Context | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor:
-        """x [B,T,C] → [B,T,C]; `memory_BSC` is what cross-attention looks at, left out where there is none."""
+        """x [B,T,C] → [B,T,C]; `memory_BSC` is what cross-attention looks at, left out where there is none.
+
+        With `last` only the last token goes on after attention, [B,1,C]: of the last layer of a prompt no more is read.
+        """
+
+        def going_on(x_BTC: Tensor) -> Tensor:
+            return x_BTC[:, -1:] if last else x_BTC
 
         def attend(h_BTC: Tensor) -> Tensor:
             return self.attention(h_BTC, context=context)[0]
@@ -62,16 +70,16 @@ class Block(nn.Module):
             assert self.cross_attention is not None
             return self.cross_attention(h_BTC, context=memory_context, memory_BSC=memory_BSC)[0]
 
+        if last and memory_context is not None and memory_context.segments is not None:
+            own_BT, read_BS = memory_context.segments
+            memory_context = memory_context._replace(segments=(going_on(own_BT), read_BS))
         if self.order in ("parallel", "parallel_two_norms"):
             h_BTC = self.attention_norm(x_BTC)
-            y_BTC = attend(h_BTC)
+            x_BTC, h_BTC, y_BTC = going_on(x_BTC), going_on(h_BTC), going_on(attend(h_BTC))
             if self.order == "parallel_two_norms":
                 h_BTC = self.ffn_norm(x_BTC)
-            y_BTC = y_BTC + self.ffn(h_BTC)
-            if self.cross_attention is not None and memory_BSC is not None:
-                y_BTC = y_BTC + look(self.cross_norm(x_BTC))
-            return self.finish(x_BTC + y_BTC, h_BTC)
-        x_BTC = self._around(x_BTC, attend, "attention")
+            return self.finish(x_BTC + (y_BTC + self.ffn(h_BTC)), h_BTC)
+        x_BTC = going_on(self._around(x_BTC, attend, "attention"))
         if self.cross_attention is not None and memory_BSC is not None:
             x_BTC = self._around(x_BTC, look, "cross")
         return self._around(x_BTC, self.ffn, "ffn", self.finish)

@@ -45,5 +45,5 @@ class Decoder(LanguageModel):
             raise HeadwiseError("a bidirectional encoder has no cache: every token sees those after it too")
         placed = place(ids_BT, segments, cache)
         x_BTC = self.embed(ids_BT, self.stack, placed)
-        y_BTC = self.stack(x_BTC, placed, cache=cache)
+        y_BTC = self.stack(x_BTC, placed, cache=cache, last=last)
         return self.logits(y_BTC[:, -1:] if last else y_BTC)

@@ -67,5 +67,6 @@ class EncoderDecoder(LanguageModel):
             cache=cache,
             memory_BSC=memory[0] if memory is not None else None,
             memory_segments=memory_pair,
+            last=last,
         )
         return self.logits(y_BTC[:, -1:] if last else y_BTC)

@@ -85,8 +85,8 @@ def attention(
             parts = [x.narrow(dim, a, b - a) for a, b in ranges]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-        index = torch.arange(S, device=q_BHTD.device)
-        i, j = index[S - T + start : S - T + stop, None], columns(index, 0)
+        i = torch.arange(S - T + start, S - T + stop, device=q_BHTD.device)[:, None]
+        j = columns(torch.arange(S, device=q_BHTD.device), 0)
         mask = (j <= i) if causal else torch.ones(len(i), len(j), dtype=torch.bool, device=i.device)
         if window is not None:
             mask = mask & (((i - j).abs() < window) | (j < first))
