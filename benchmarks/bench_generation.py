@@ -25,10 +25,11 @@ from typing import Any
 
 NEW = 64
 VOCAB = 49152
-# Row of the table: what is done, ours (how the weights are kept), the peer, and at least so many times its tokens/s.
+# Row of the table: what is done, ours (how the weights are kept, and whether the step is compiled), the peer, and at
+# least so many times its tokens/s.
 ROWS = {
     "batch-1 decoding, fp32": ("decode 1", ("headwise", None), ("transformers", None), 1.3),
-    "batch-1 decoding, quantised": ("decode 1", ("headwise", "int4"), ("llama.cpp", None), 1.0),
+    "batch-1 decoding, quantised": ("decode 1", ("headwise", "int4 compiled"), ("llama.cpp", None), 1.0),
     "batch-8 decoding, quantised": ("decode 8", ("headwise", "int4"), ("headwise, batch 1", "int4"), 3.0),
     "prefill of 1,024 tokens": ("prompt", ("headwise", None), ("transformers", None), 1.2),
     "32 requests of mixed length": ("requests", ("headwise", None), ("transformers", None), 3.0),
@@ -37,9 +38,10 @@ ROWS = {
 FEW_ROUNDS = {"32 requests of mixed length": 2}
 # Measured beside them, without a target.
 MORE = {
-    "batch-1 decoding, quantised": ("headwise", "int8"),
-    "prefill of 1,024 tokens": ("headwise", "int4"),
-    "32 requests of mixed length": ("headwise", "int4"),
+    "batch-1 decoding, fp32": [("headwise", "fp32 compiled")],
+    "batch-1 decoding, quantised": [("headwise", "int4"), ("headwise", "int8")],
+    "prefill of 1,024 tokens": [("headwise", "int4")],
+    "32 requests of mixed length": [("headwise", "int4")],
 }
 
 
@@ -58,12 +60,14 @@ def headwise_work(path: str, kept: str | None, work: str) -> Callable[[], int]:
     from headwise.data import load_tokenizer
     from headwise.generate import Request, Sampling, complete_batch, stream_ids
 
-    model, tokenizer = hw.load(path, quantise=kept), load_tokenizer(Path(path))
+    scheme, _, compiled = (kept or "fp32").partition(" ")
+    model, tokenizer = hw.load(path, quantise=None if scheme == "fp32" else scheme), load_tokenizer(Path(path))
     greedy = Sampling(temperature=0)
     if work == "prompt":
         return lambda: 1024 * len(list(stream_ids(model, ids(1024), max_new_tokens=1, temperature=0)))
     if work == "decode 1":
-        return lambda: len(list(stream_ids(model, ids(16), max_new_tokens=NEW, temperature=0)))
+        more: dict[str, Any] = {"temperature": 0, "compile": bool(compiled)}
+        return lambda: len(list(stream_ids(model, ids(16), max_new_tokens=NEW, **more)))
     if work == "requests":
         engine = hw.Engine(model, tokenizer)
         return lambda: sum(
@@ -169,7 +173,7 @@ def measure(row: str, pythons: dict[str, str | None], paths: dict[str, str], rou
     work, *both, _ = ROWS[row]
     subjects: dict[str, Subject] = {}
     missing: dict[str, str] = {}
-    for name, kept in [*both, *([MORE[row]] if row in MORE else [])]:
+    for name, kept in [*both, *MORE.get(row, [])]:
         who, _, other = name.partition(", ")
         if pythons[who] is None:
             missing[label(name, kept)] = "no Python with llama-cpp-python was given (--llama-python)"

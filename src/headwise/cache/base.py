@@ -68,6 +68,10 @@ class AnyLayerCache(ABC):
         """What it costs now."""
         return CacheReport(self.kind, self.length, self.n_bytes, self.used_bytes)
 
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for so many more tokens, so that storing them moves nothing; here there is nothing to make."""
+        return
+
     def check_crop(self, length: int) -> None:
         """Refuse, before anything is changed, what `crop` cannot do; here nothing.
 

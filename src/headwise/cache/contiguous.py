@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -23,15 +23,24 @@ class LayerCache(TokenCache):
         """Store tensors [B,K,T,·] after those held and return everything held, each [B,K,S,·]."""
         stop = self.length + new[0].shape[2]
         if not self._buffers or stop > self._buffers[0].shape[2]:
-            capacity = self._capacity(stop)
-            grown = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in new]
-            for buffer, old in zip(grown, self._buffers):
-                buffer[:, :, : self.length] = old[:, :, : self.length]
-            self._buffers = grown
+            self._grow(stop, new)
         for buffer, t in zip(self._buffers, new):
             buffer[:, :, self.length : stop] = t
         self.length = stop
         return tuple(buffer[:, :, :stop] for buffer in self._buffers)
+
+    def reserve(self, n_tokens: int) -> None:
+        stop = self.length + n_tokens
+        if self._buffers and stop > self._buffers[0].shape[2]:
+            self._grow(stop, self._buffers)
+
+    def _grow(self, stop: int, like: Sequence[Tensor]) -> None:
+        """New buffers for `stop` tokens at least, of tensors like these, with what is held."""
+        capacity = self._capacity(stop)
+        grown = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in like]
+        for buffer, old in zip(grown, self._buffers):
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+        self._buffers = grown
 
     def held(self) -> tuple[Tensor, ...]:
         """Everything held, each [B,K,S,·]; empty before the first token."""

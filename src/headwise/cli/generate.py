@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from headwise.cli.arguments import Parser
+from headwise.cli.arguments import Parser, say
 from headwise.cli.writing import converse, tell, write_file
 from headwise.errors import DataError, SettingsError
 from headwise.train.settings import Settings
@@ -37,6 +37,10 @@ APART: tuple[tuple[str, ...], ...] = (
     ("prompt", "prompt_file", "batch"),
     ("chat", "batch"),
     ("draft", "ngram"),
+    ("compile", "batch"),
+    ("compile", "beams"),
+    ("compile", "draft"),
+    ("compile", "ngram"),
     ("json_schema", "regex"),
 )
 # What does something only beside something else.
@@ -85,6 +89,7 @@ class GenerateSettings(Settings):
     draft_tokens: int | None = Field(None, description="tokens proposed at a time, default 4")
     cache: str = Field("auto", description="contiguous, static, rolling, paged, int8, int4; auto: each layer's own")
     quantise: Literal["int8", "int4"] | None = Field(None, description="put the weights into 8 or 4 bits first")
+    compile: bool = Field(False, description="compile the step of one token first: a minute or so, for long texts")
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
 
     def contradictions(self) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -189,7 +194,10 @@ def _writer(path: Path, settings: GenerateSettings) -> Writer:
     if settings.draft is not None:
         draft = DraftModel(load(settings.draft, device=device), model, **more)
     size: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
-    return Writer(model, tokenizer, cache=settings.cache, draft=draft, beams=settings.search(), **size)
+    if settings.compile:
+        say("compiling the step of one token when the second one is due: a minute or so")
+    options = {"cache": settings.cache, "compile": settings.compile, "draft": draft, "beams": settings.search(), **size}
+    return Writer(model, tokenizer, **options)
 
 
 def _constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constraint | None:

@@ -46,7 +46,7 @@ class Chat:
             raise SettingsError("beams does not go with chat")
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._writer, self._request = writer, request
-        self._session = new_session(writer.model, writer.cache, writer.draft)
+        self._session = new_session(writer.model, writer.cache, writer.draft, writer.compile)
 
     def say(self, text: str, on_text: Callable[[str], None] | None = None) -> Generation:
         """The answer to one turn of the user's. Raises as `complete` and `chat_ids`; the turn is then forgotten."""

@@ -24,6 +24,7 @@ def complete(
     on_text: Callable[[str], None] | None = None,
     draft: Draft | None = None,
     cache: str = "auto",
+    compile: bool = False,
     session: Session | None = None,
 ) -> Generation:
     """What follows a prompt, with all that is known of it.
@@ -36,6 +37,7 @@ def complete(
             a character is held back until the character is whole, and so is what may become a stop string.
         draft: what proposes tokens (speculative decoding); the result has the same distribution.
         cache: the kind of cache, as `model.new_cache` takes it.
+        compile: decode by one compiled program, which takes about a minute to make and then serves the model for good.
         session: in place of a new cache, one that remembers an earlier text: what begins alike is not read again.
 
     Raises:
@@ -47,7 +49,7 @@ def complete(
     """
     running = start(model, tokenizer, request)
     if session is None:
-        session = new_session(model, cache, draft)
+        session = new_session(model, cache, draft, compile)
 
     def tell(piece: str) -> None:
         if piece and on_text is not None:
@@ -95,6 +97,7 @@ def stream_ids(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | None = None,
+    compile: bool = False,
 ) -> Iterator[int]:
     """The ids that follow `prompt`, each as soon as it is chosen, up to `max_new_tokens` or `eos_id` (not given out).
 
@@ -108,18 +111,20 @@ def stream_ids(
         stop_ids=() if eos_id is None else (eos_id,),
     )
     check_prompt(model, prompt, max_new_tokens)
-    return _ids(model, Running(request, prompt))
+    return _ids(model, Running(request, prompt), compile)
 
 
-def _ids(model: LanguageModel, running: Running) -> Iterator[int]:
+def _ids(model: LanguageModel, running: Running, compile: bool) -> Iterator[int]:
     with evaluating(model):
-        for _ in steps(Session(model), running):
+        for _ in steps(Session(model, compile=compile), running):
             yield from running.new[-1:] if running.finish_reason != "stop" else ()
 
 
-def new_session(model: LanguageModel, cache: str = "auto", draft: Draft | None = None) -> Session:
+def new_session(
+    model: LanguageModel, cache: str = "auto", draft: Draft | None = None, compile: bool = False
+) -> Session:
     """A session whose cache can take back what a draft proposes."""
-    return Session(model, cache, slack=0 if draft is None else draft.n_tokens + 1)
+    return Session(model, cache, slack=0 if draft is None else draft.n_tokens + 1, compile=compile)
 
 
 def start(model: LanguageModel, tokenizer: Tokenizer, request: Request) -> Running:

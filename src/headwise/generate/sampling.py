@@ -166,7 +166,8 @@ class Sampling:
             return draw(self.probabilities(logits_V, history, allowed_V), generator)
         scores_V = self.scores(logits_V, history, allowed_V)
         best = int(scores_V.argmax())  # of NaNs argmax takes the first: looking at that one is enough
-        _check(scores_V[best])
+        if not float(scores_V[best]) > -math.inf:
+            _check(scores_V)
         return best
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from headwise.errors import HeadwiseError, SettingsError
+from headwise.generate.compiled import cache_kind, step_of
+from headwise.kernels import naive_wanted
 from headwise.position import Position
 
 if TYPE_CHECKING:
@@ -29,15 +31,17 @@ class Session:
         cache: the kind of cache, as `model.new_cache` takes it.
         slack: how many of the last tokens may be taken back without reading the text again, where a cache has to
             provide for that (windows, recurrences).
+        compile: decode single tokens by a compiled program (see `compiled`), with a growing cache.
 
     Attributes:
         ids: the ids whose keys and values are held.
     """
 
-    def __init__(self, model: LanguageModel, cache: str = "auto", slack: int = 0) -> None:
+    def __init__(self, model: LanguageModel, cache: str = "auto", slack: int = 0, compile: bool = False) -> None:
         self.model = model
         self.ids: list[int] = []
-        self._kind = cache
+        self._kind = cache_kind(cache) if compile else cache
+        self._step = step_of(model) if compile else None
         self._options = {"slack": slack} if slack and cache in ("auto", "rolling") else {}
         if slack and cache == "auto":
             self._options["checkpoints"] = 1
@@ -56,7 +60,10 @@ class Session:
         self._keep(_common(self.ids, ids[: len(ids) - n_last]))
         self._before = len(self.ids)
         fresh_1T = torch.tensor([ids[self._before :]], device=self._device)
-        logits_1TV = self.model(fresh_1T, cache=self._cache, last=n_last == 1)
+        if self._step is not None and self._before and fresh_1T.shape[1] == 1 and not naive_wanted():
+            logits_1TV = self._step(self.model, fresh_1T, self._cache)
+        else:
+            logits_1TV = self.model(fresh_1T, cache=self._cache, last=n_last == 1)
         self.ids = ids
         return logits_1TV[0, -n_last:]
 

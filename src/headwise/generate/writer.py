@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headwise.errors import HeadwiseError, SettingsError
 from headwise.generate.batch import answers
@@ -27,8 +27,9 @@ class Writer:
         draft: what proposes tokens.
         beams: how a beam search runs.
         batch_size: requests decoded in one pass.
+        compile: whether texts that are written one by one are decoded by a compiled program.
 
-    Raises `SettingsError` for a draft beside beams, and a batch of less than one.
+    Raises `SettingsError` for a draft beside beams, either beside compile, and a batch of less than one.
     """
 
     model: LanguageModel
@@ -37,11 +38,14 @@ class Writer:
     draft: Draft | None = None
     beams: Beams | None = None
     batch_size: int = 8
+    compile: bool = False
 
     def __post_init__(self) -> None:
         problems = []
         if self.draft is not None and self.beams is not None:
             problems.append("a draft does not go with beams: nothing is drawn there")
+        if self.compile and (self.draft is not None or self.beams is not None):
+            problems.append("compile does not go with a draft or beams: it serves the step of one token of one text")
         if self.batch_size < 1:
             problems.append(f"batch_size: given {self.batch_size}, should be at least 1")
         if problems:
@@ -51,7 +55,8 @@ class Writer:
         """The texts after one prompt, best first; one unless beams return more. Raises as `complete`."""
         if self.beams is not None:
             return beam_search(self.model, self.tokenizer, request, self.beams, cache=self.cache)
-        return [complete(self.model, self.tokenizer, request, on_text=on_text, draft=self.draft, cache=self.cache)]
+        options: dict[str, Any] = {"draft": self.draft, "cache": self.cache, "compile": self.compile}
+        return [complete(self.model, self.tokenizer, request, on_text=on_text, **options)]
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Generation] | HeadwiseError]]:
         """The place of each request with its texts, or with why there are none, as soon as that is known."""
