@@ -48,10 +48,10 @@ def _hf(module: LanguageModel, folder: Path, tokenizer: RustBackedTokenizer | No
 
 def _with_code(module: LanguageModel, folder: Path, tokenizer: RustBackedTokenizer | None) -> str:
     with atomic_dir(folder) as temporary:
-        save_with_code(module, temporary, tokenizer.special_ids if tokenizer else {})
+        saved_as = save_with_code(module, temporary, tokenizer.special_ids if tokenizer else {})
         if tokenizer is not None:
             tokenizer.save(temporary)
-    return "HeadwiseForCausalLM, with its code"
+    return f"{saved_as}, with its code"
 
 
 def _gguf(kind: str | None) -> Writer:
@@ -67,7 +67,7 @@ def _gguf(kind: str | None) -> Writer:
 
 FORMATS: dict[str, Format] = {
     "hf": Format("a class that transformers has, for all that reads its folders; known families only", _hf),
-    "hf-code": Format("a folder for transformers that brings its own code; any decoder", _with_code),
+    "hf-code": Format("a folder for transformers that brings its own code; any line", _with_code),
     "gguf": Format("a file for llama.cpp in the precision that the weights have", _gguf(None), "model.gguf"),
     "gguf-f16": Format("a file for llama.cpp in half precision", _gguf("f16"), "model.gguf"),
     "gguf-q8_0": Format("a file for llama.cpp in 8 bits", _gguf("q8_0"), "model.gguf"),

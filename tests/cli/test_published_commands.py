@@ -112,11 +112,24 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_line_of_no_class_goes_out_with_its_code(tmp_path: Path) -> None:
-    model = hw.build("llama(d_model=16, n_layers=1, n_heads=2, attention=tva(rank=4))")
-    hw.save_pretrained(model, tmp_path / "model")
-    with pytest.raises(hw.HeadwiseError, match=r"no family of Hugging Face models computes .*attention tva"):
+@pytest.mark.parametrize(
+    ("line", "why", "saved_as"),
+    [
+        ("llama(attention=tva(rank=4))", "attention tva", "HeadwiseForCausalLM"),
+        ("gpt1(architecture=encoder)", "it is an encoder", "HeadwiseForMaskedLM"),
+        ("transformer", "it is an encoder_decoder", "HeadwiseForSeq2SeqLM"),
+    ],
+)
+def test_a_line_of_no_class_goes_out_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, why: str, saved_as: str
+) -> None:
+    spec = hw.parse(line).model_copy(update={"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 30})
+    hw.save_pretrained(hw.build(spec), tmp_path / "model")
+    with pytest.raises(hw.HeadwiseError, match=rf"no family of Hugging Face models computes .*{why}"):
         export_model(tmp_path / "model", tmp_path / "out")
-    export_model(tmp_path / "model", tmp_path / "out", format="hf-code")
+    moved = export_model(tmp_path / "model", tmp_path / "out", format="hf-code")
+    assert moved.saved_as == f"{saved_as}, with its code"
     assert same_weights(tmp_path / "model", tmp_path / "out")
+    (shown,) = run_json(capsys, "show", str(tmp_path / "out"))
+    assert shown["resolved"] == moved.line
     assert set(FORMATS) >= {"hf", "hf-code"}

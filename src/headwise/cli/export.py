@@ -25,7 +25,7 @@ class ExportSettings(Settings):
     format: str = Field(
         "hf",
         description="hf: as the class of transformers that computes the same, for vLLM, llama.cpp's converter and "
-        "others; hf-code: any decoder, with its own code, for transformers alone; gguf, gguf-f16 and gguf-q8_0: for "
+        "others; hf-code: any line, with its own code, for transformers alone; gguf, gguf-f16 and gguf-q8_0: for "
         "llama.cpp, in the weights' own precision, in half or in 8 bits",
     )
     check: bool = Field(False, description="look at every weight, and refuse NaN and infinity")

@@ -1,4 +1,4 @@
-"""Any line as a Hugging Face folder with its own code, for `AutoModelForCausalLM(…, trust_remote_code=True)`."""
+"""Any line as a Hugging Face folder with its own code, for transformers' automatic classes and `trust_remote_code`."""
 
 from headwise.io.remote_code.folder import save_with_code
 
