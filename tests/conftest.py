@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+import warm as warm_processes
 
 # The same examples on every run: a red test is a red commit, never the dice. No deadline: no test asserts a time.
 settings.register_profile("headwise", derandomize=True, deadline=None, print_blob=True)
@@ -26,6 +30,21 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _torch_settings() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a `python` and a `headwise` that have torch and headwise loaded already."""
+    with warm_processes.start(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def warm_python(warm: Path) -> Iterator[None]:
+    """Python processes that the tests of a module start, workers among them, are warm ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(warm / "python"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from headwise.lab.worker import MARK
 
 TEACHER = "llama(d_model=32, n_layers=2, n_heads=4)"
 STUDENT = "llama(d_model=16, n_layers=1, n_heads=2)"
+pytestmark = pytest.mark.usefixtures("warm_python")
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from headwise.lab.stats import assess
 from headwise.train import TrainSettings, train
 
 SEEDS = 10
+# What becomes of real workers is the matter of test_runner.py; and a script of a user's, below, has its own.
+pytestmark = pytest.mark.usefixtures("warm_python")
 
 
 @pytest.fixture(scope="module")
