@@ -10,37 +10,39 @@ from headwise.registry import FAMILIES
 from headwise.spec import list_presets, parse
 
 WIDTHS = "d_model=32, n_layers=2, n_heads=4, vocab_size=61, max_seq_len=1100"
-
-
+ONE_HEAD = WIDTHS.replace("n_heads=4", "n_heads=1")
 # What stands around a mechanism where the price of a line counts.
 PLAIN = {"norm": "layernorm", "ffn": "mlp(relu)", "order": "parallel"}
 
 
-def examples(family: str) -> dict[type, list[str]]:
-    """The examples of each registered kind of a family, or its bare name; kinds of one class stand together."""
+def examples(family: str, *, last: bool = False) -> dict[type, list[str]]:
+    """The examples of each registered kind of a family, or its bare name; kinds of one class stand together. `last` is
+    the last of a kind alone, the one with most settings of its own.
+    """
     registry, found = FAMILIES[family], dict[type, list[str]]()
     for kind in registry.list():
         spec = registry.get(kind).spec
         own = [e for e in spec.examples if registry.spec(parse_call(e)).kind == kind]
-        found.setdefault(spec, []).extend(own or [kind])
+        found.setdefault(spec, []).extend((own or [kind])[-1 if last else 0 :])
     return found
 
 
 def mechanism_lines(*families: str) -> list[str]:
-    """One line for each example of each registered kind of some families, in a small Llama."""
+    """One line for each example of each registered kind of some families, in a small Llama. Norms and feed-forwards see
+    tokens one by one, so one head does beside them."""
     return [
-        f"llama({WIDTHS}, {family}={example})"
+        f"llama({WIDTHS if family in ('attention', 'position') else ONE_HEAD}, {family}={example})"
         for family in families
         for of_class in examples(family).values()
         for example in of_class
     ]
 
 
-def stacked_lines(*families: str) -> list[str]:
+def stacked_lines(*families: str, last: bool = False) -> list[str]:
     """The same examples with those of one class as the layers of one model, for what costs much by the model."""
     lines = []
     for family in families:
-        for of_class in examples(family).values():
+        for of_class in examples(family, last=last).values():
             fields = {**PLAIN, family: of_class[0] if len(of_class) == 1 else f"pattern({', '.join(of_class)})"}
             widths = WIDTHS.replace("n_layers=2", f"n_layers={len(of_class)}")
             lines.append(f"llama({widths}, {', '.join(f'{name}={value}' for name, value in fields.items())})")
@@ -82,7 +84,8 @@ CAUSAL = [*mechanism_lines(*FAMILIES), *COMBINED]
 BIDIRECTIONAL = [*as_encoders(mechanism_lines("attention", "position")), *ENCODER]
 STACKED = [
     *stacked_lines(*FAMILIES),
-    *as_encoders(stacked_lines("attention", "position")),
+    # What is compiled of a mechanism's settings is as above: here is what sees later tokens too.
+    *as_encoders(stacked_lines("attention", "position", last=True)),
     *map(one_layer, [*COMBINED, *ENCODER, *ENCODER_DECODER]),
 ]
 
