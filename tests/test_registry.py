@@ -299,43 +299,64 @@ print(hw.list_ffn() and "other families work")
 """
 
 
-def run_with_plugins(folder: Path, plugins: dict[str, str]) -> list[str]:
-    """What USE prints where packages with these modules (name → source) are installed."""
+# Torch is loaded once for all; headwise, and what is installed beside it, by each alone.
+EACH = """
+import os, sys, torch
+code, *folders = sys.argv[1:]
+for folder in folders:
+    print("----", flush=True)
+    if not os.fork():
+        sys.path.insert(0, folder)
+        exec(code)
+        sys.stdout.flush()
+        os._exit(0)
+    assert not os.wait()[1]
+"""
+
+
+def install(folder: Path, plugins: dict[str, str]) -> str:
+    """Put packages with these modules (name → source) there."""
+    folder.mkdir()
     for name, source in plugins.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
         info = folder / f"{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
         (info / "entry_points.txt").write_text(f"[headwise.norm]\n{name} = {name}\n", encoding="utf-8")
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{USE}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return str(folder)
+
+
+def printed(*folders: str) -> list[list[str]]:
+    """What USE prints where the packages of each folder are installed."""
+    done = subprocess.run([sys.executable, "-c", EACH, USE, *folders], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [part.splitlines() for part in done.stdout.split("----\n")[1:]]
 
 
 def test_an_installed_package_joins_by_its_entry_point(tmp_path: Path) -> None:
-    lines = run_with_plugins(tmp_path, {"hw_plugged": PLUGIN.format(kind="plugged")})
+    (lines,) = printed(install(tmp_path / "site", {"hw_plugged": PLUGIN.format(kind="plugged")}))
     assert lines == ["['layernorm', 'plugged', 'rmsnorm'] llama(norm=plugged)"] * 2 + ["other families work"]
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("import no_such_module_here", "ModuleNotFoundError: No module named 'no_such_module_here'"),
-        ("def broken(:\n", "SyntaxError: invalid syntax"),
-        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
-        (PLUGIN.format(kind="rmsnorm"), "norm 'rmsnorm' is registered already"),
-    ],
-)
-def test_a_broken_plugin_is_one_line_at_every_look_up(source: str, reason: str, tmp_path: Path) -> None:
+BROKEN = {
+    "import no_such_module_here": "ModuleNotFoundError: No module named 'no_such_module_here'",
+    "def broken(:\n": "SyntaxError: invalid syntax",
+    "raise ValueError('two\\nlines')": "ValueError: two lines",
+    PLUGIN.format(kind="rmsnorm"): "norm 'rmsnorm' is registered already",
+}
+
+
+def test_a_broken_plugin_is_one_line_at_every_look_up(tmp_path: Path) -> None:
     """Not at the first alone: the second once went on with a silently smaller registry."""
-    lines = run_with_plugins(tmp_path, {"a_broken": source, "b_sound": PLUGIN.format(kind="plugged")})
-    assert len(lines) == 3
-    assert lines[0] == lines[1]
-    assert lines[0].startswith("RegistryError ")
-    for piece in ("plug-in 'a_broken' (a_broken) for norm", reason, "fix or uninstall"):
-        assert piece in lines[0]
-    assert lines[2] == "other families work"
+    sound = {"b_sound": PLUGIN.format(kind="plugged")}
+    folders = [install(tmp_path / str(n), {"a_broken": source, **sound}) for n, source in enumerate(BROKEN)]
+    for lines, reason in zip(printed(*folders), BROKEN.values(), strict=True):
+        assert len(lines) == 3
+        assert lines[0] == lines[1]
+        assert lines[0].startswith("RegistryError ")
+        for piece in ("plug-in 'a_broken' (a_broken) for norm", reason, "fix or uninstall"):
+            assert piece in lines[0]
+        assert lines[2] == "other families work"
 
 
 def test_an_alias_is_not_silently_overridden() -> None:

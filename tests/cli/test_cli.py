@@ -35,15 +35,13 @@ def trained(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compared(text: str, warm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "compare"
     flags = ["--seeds", "1", "--workers", "1", "--measure-rounds", "0", "--out", str(out)]
-    assert (
-        main(
-            ["compare", "gpt2", "llama", "--model.d_model", "16", "--model.n_layers=1", "--data", text, *QUICK, *flags]
-        )
-        == 0
-    )
+    words = ["gpt2", "llama", "--model.d_model", "16", "--model.n_layers=1", "--data", text, *QUICK, *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(warm / "python"))
+        assert main(["compare", *words]) == 0
     return out
 
 
@@ -351,8 +349,9 @@ def test_compare_and_report(compared: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_line_without_any_finished_run_is_a_failure(
-    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    text: str, warm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))
     flags = ["--seeds", "1", "--workers", "1", "--measure-rounds", "0", "--lr", "1e30", "--warmup", "0"]
     status, out, _ = run(capsys, "compare", GPT2, GPT2, "--data", text, *QUICK, *flags, "--out", str(tmp_path / "out"))
     assert status == 1

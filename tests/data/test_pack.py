@@ -257,6 +257,7 @@ print(hashlib.sha256(tokens).hexdigest(), dataset.tokenizer.fingerprint)
 """
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("damaged", [False, True])
 def test_racing_processes_all_get_the_data(tmp_path: Path, cache: Path, damaged: bool) -> None:
     folder = write_documents(tmp_path / "d", *(f"document number {i}" * 20 for i in range(300)))

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +110,9 @@ train_or_resume({line!r}, data={data!r}, out={out!r}, **{settings!r})
 """
 
 
-def test_killed_outright_at_random_moments_it_still_ends_with_the_same_bits(tmp_path: Path, text_file: Path) -> None:
+def test_killed_outright_at_random_moments_it_still_ends_with_the_same_bits(
+    tmp_path: Path, text_file: Path, warm: Path
+) -> None:
     """SIGKILL twice, at random moments of a process that checkpoints all the time; then it may finish.
 
     Whatever the moments (in an update, in a write, in a rename, before anything is written), the result is the same.
@@ -123,7 +124,7 @@ def test_killed_outright_at_random_moments_it_still_ends_with_the_same_bits(tmp_
     moments = random.Random(5)
     kills = 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+        process = subprocess.Popen([warm / "python", "-c", script], stderr=subprocess.PIPE)
         seen = _size(out / "metrics.jsonl")
         deadline = time.monotonic() + 60
         while process.poll() is None and _size(out / "metrics.jsonl") == seen and time.monotonic() < deadline:
