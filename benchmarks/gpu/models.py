@@ -5,6 +5,7 @@ Needs the whole package; the kernels do not.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -166,7 +167,7 @@ def check(here: Situation) -> Table:
     rows: dict[str, dict[str, Any]] = {}
     for compiling in (False, True):
         for each in lines[:1] if compiling and here.tiny else lines:
-            name = each.line.replace(suite.WIDTHS + ", ", "").replace(suite.WIDTHS, "")
+            name = re.sub(r"d_model=[^()]*max_seq_len=\d+(, )?", "", each.line)
             row = rows.setdefault(name, {"name": f"`{name}`"})
             promises = {"compiled": each.compiled} if compiling else each.promises()
             if not here.time_left(f"models: {name}{', compiled' if compiling else ''}"):
