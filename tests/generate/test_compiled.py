@@ -42,9 +42,9 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     that takes a minute, and is no matter of ours."""
     compile = torch.compile
 
-    def traced(function: Callable[..., torch.Tensor], *, dynamic: bool, options: dict[str, Any]) -> Any:
+    def traced(function: Callable[..., torch.Tensor], *, options: dict[str, Any], **more: bool) -> Any:
         kept = {"guard_filter_fn": options["guard_filter_fn"]}
-        return compile(function, dynamic=dynamic, backend="aot_eager", options=kept)
+        return compile(function, backend="aot_eager", options=kept, **more)
 
     monkeypatch.setattr(torch, "compile", traced)
     counters["stats"].clear()

@@ -65,3 +65,20 @@ def test_everywhere_else_torch_computes(calls, situation):
         with torch.inference_mode(), torch.autocast("cpu", enabled=situation == "autocast"):
             assert layer(x).dtype == (torch.bfloat16 if situation in ("autocast", "bfloat16") else layer.weight.dtype)
     assert not calls
+
+
+def test_torchs_compiler_is_given_torchs_product():
+    """It takes oneDNN's operator from its own patterns alone and stopped at a bare assertion where we had written it.
+    In training it could not ask for the mode of inference, and each large map cut the program in two."""
+    layer, programs = Linear(256, LARGE // 256), []
+
+    def keep(program, _):
+        programs.append(program.print_readable(print_output=False))
+        return program.forward
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True)
+    with torch.inference_mode():
+        compiled(torch.randn(2, 256))
+    compiled(torch.randn(2, 256)).sum().backward()
+    assert len(programs) == 2
+    assert all("linear" in program and "mkldnn" not in program for program in programs)

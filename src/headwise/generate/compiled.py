@@ -68,7 +68,7 @@ def _new_step() -> Step:
     # Compiled programs are kept by code object. This model's are its own: nothing before a token asks which model.
     step.__code__ = step.__code__.replace()
     options: dict[str, Any] = {"guard_filter_fn": _conditions, "size_asserts": False, "alignment_asserts": False}
-    compiled = torch.compile(step, dynamic=True, options=options)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, options=options)
 
     def run(model: LanguageModel, ids_11: Tensor, cache: ModelCache) -> Tensor:
         for layer in cache.layers:

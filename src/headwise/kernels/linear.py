@@ -25,6 +25,8 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     """x [...,K] → [...,N], of the dtype of its arguments, which share one."""
     if (
         _pointwise is None
+        # torch's compiler takes the operator from its own patterns alone, and cannot look at what is asked below.
+        or torch.compiler.is_compiling()
         or weight_NK.numel() < LARGE
         or not torch.is_inference_mode_enabled()
         or not x.dtype == weight_NK.dtype == torch.float32
