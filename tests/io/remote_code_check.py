@@ -35,9 +35,11 @@ N_NEW = 6
 OPTIONS = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0}
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> bool:
-    # A mapped file may lie otherwise in memory than the model did, which can change last bits of a product.
-    return torch.allclose(a, b, atol=atol, rtol=1e-5)
+def close(a: Tensor, b: Tensor, share: float = 1e-5) -> bool:
+    """Whether two tensors agree to a share of the largest number."""
+    # A mapped file may lie otherwise in memory than the model did, and there may be more threads: either can change last
+    # bits of a product.
+    return torch.allclose(a, b, atol=share * max(1.0, b.abs().max().item()), rtol=0)
 
 
 def check(folder: str) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def encoder_decoder(model: Any, held: dict[str, Tensor], folder: str) -> dict[st
         late = torch.cat([ids[:, :2] * 0, ids], 1)
         late_mask = (torch.arange(late.shape[1]) >= 2).long().expand_as(late)
         padded_twice = model(rows, attention_mask=mask, decoder_input_ids=late, decoder_attention_mask=late_mask)
-        found[f"late {side}"] = close(padded_twice.logits[:, 2:], out.logits, atol=1e-3)  # sums in another order
+        found[f"late {side}"] = close(padded_twice.logits[:, 2:], out.logits, share=1e-4)  # sums in another order
     hook.remove()
     model.generation_config.decoder_start_token_id = 5
     begun = torch.cat([torch.full((2, 1), 5), labels[:, :-1]], 1)
