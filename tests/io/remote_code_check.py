@@ -194,7 +194,8 @@ def accumulates(folder: str) -> bool:
         Trainer(model, arguments, train_dataset=texts).train()
         heads.append(model.model.head.weight.detach() - before)
     largest = heads[0].abs().max().item()
-    return largest > 1e-4 and torch.allclose(*heads, atol=1e-4 * largest)
+    # Gradients of some hundreds blow last bits up; counted twice, a step would be twice as long.
+    return largest > 1e-4 and torch.allclose(*heads, atol=1e-2 * largest)
 
 
 if __name__ == "__main__":
