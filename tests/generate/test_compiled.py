@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import headwise as hw
 from headwise.errors import HeadwiseError, SettingsError
-from headwise.generate import Session, stream_ids
+from headwise.generate import Request, Session, complete, stream_ids
 from headwise.generate.compiled import step_of
 from headwise.generate.speculative import NgramLookup
 from headwise.generate.writer import Writer
@@ -92,6 +92,10 @@ def test_what_does_not_go_with_a_compiled_step() -> None:
         Session(model, "paged", compile=True)
     with pytest.raises(SettingsError, match="compile does not go with a draft or beams"):
         Writer(model, None, draft=NgramLookup(), compile=True)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="cache: paged does not go with compile"):
+        Writer(model, None, cache="paged", compile=True)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="session: was made with a cache"):
+        complete(model, None, Request(PROMPT), compile=True, session=Session(model))  # type: ignore[arg-type]
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

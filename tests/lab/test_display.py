@@ -53,13 +53,16 @@ def test_on_a_small_terminal_the_running_ones_stay(monkeypatch: pytest.MonkeyPat
     assert len(text.splitlines()) < 10
 
 
-def test_the_time_left_counts_the_runs_that_wait() -> None:
-    two = [Row("a", 100, state="running", done=50, began=0.0), Row("b", 100)]
+def test_the_time_left_is_at_the_pace_of_all_runs_together() -> None:
+    """It once went by the runs that are running: for the moment between one's end and the next one's start, doubled."""
+    two = [Row("a", 100, state="running", done=50, began=10.0), Row("b", 100)]
     # A step took 0.2 s; 150 are left, one run at a time.
-    assert overall(two, 10.0) == "0 of 2 runs, about 30.0 s left"
-    two[1].state = "running"
-    assert overall(two, 10.0) == "0 of 2 runs, about 15.0 s left"
+    assert overall(two, 20.0) == "0 of 2 runs, about 30.0 s left"
+    four = [Row(name, 100, state="finished", done=100, began=10.0, ended=29.0) for name in "ab"]
+    four += [Row("c", 100, state="running", done=10, first=10, began=29.5), Row("d", 100)]
+    assert overall(four, 30.0) == "2 of 4 runs, about 19.0 s left"
     assert overall([Row("a", 100)], 10.0) == "0 of 1 runs"
+    assert overall(four[:2], 30.0) == "2 of 2 runs"
 
 
 def test_lines_tell_of_every_end_and_of_little_else(

@@ -194,10 +194,11 @@ def _writer(path: Path, settings: GenerateSettings) -> Writer:
     if settings.draft is not None:
         draft = DraftModel(load(settings.draft, device=device), model, **more)
     size: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
-    if settings.compile:
-        say("compiling the step of one token when the second one is due: a minute or so")
     options = {"cache": settings.cache, "compile": settings.compile, "draft": draft, "beams": settings.search(), **size}
-    return Writer(model, tokenizer, **options)
+    writer = Writer(model, tokenizer, **options)
+    if writer.compile:
+        say("compiling the step of one token when the second one is due: a minute or so")
+    return writer
 
 
 def _constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constraint | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from headwise.errors import SettingsError
 from headwise.generate.request import Generation, InterruptedGeneration, Request, Running
 from headwise.generate.sampling import Sampling
 from headwise.generate.session import Session, check_prompt
@@ -38,18 +39,21 @@ def complete(
         draft: what proposes tokens (speculative decoding); the result has the same distribution.
         cache: the kind of cache, as `model.new_cache` takes it.
         compile: decode by one compiled program, which takes about a minute to make and then serves the model for good.
-        session: in place of a new cache, one that remembers an earlier text: what begins alike is not read again.
+        session: in place of a new cache, one that remembers an earlier text: what begins alike is not read again. How
+            it decodes was settled when it was made.
 
     Raises:
-        SettingsError: before anything runs, what cannot work: an encoder, an empty prompt, ids outside the vocabulary.
+        SettingsError: before anything runs, what cannot work: an encoder, an empty prompt, ids outside the vocabulary,
+            `cache` or `compile` beside a session.
         HeadwiseError: more tokens than the model has positions for.
         DataError: a prompt that the tokenizer cannot encode.
-
         InterruptedGeneration: Ctrl-C, a KeyboardInterrupt with what was written so far.
     """
     running = start(model, tokenizer, request)
     if session is None:
         session = new_session(model, cache, draft, compile)
+    elif compile or cache != "auto":
+        raise SettingsError("session: was made with a cache and a way to decode; leave cache and compile out beside it")
 
     def tell(piece: str) -> None:
         if piece and on_text is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.errors import HeadwiseError, SettingsError
 from headwise.generate.batch import answers
 from headwise.generate.beam import Beams, beam_search
+from headwise.generate.compiled import cache_kind
 from headwise.generate.decode import complete
 from headwise.generate.request import Generation, Request
 from headwise.generate.speculative import Draft
@@ -29,7 +30,8 @@ class Writer:
         batch_size: requests decoded in one pass.
         compile: whether texts that are written one by one are decoded by a compiled program.
 
-    Raises `SettingsError` for a draft beside beams, either beside compile, and a batch of less than one.
+    Raises `SettingsError` for a draft beside beams, either beside compile, compile with a cache that cannot be
+    compiled for, and a batch of less than one.
     """
 
     model: LanguageModel
@@ -46,6 +48,8 @@ class Writer:
             problems.append("a draft does not go with beams: nothing is drawn there")
         if self.compile and (self.draft is not None or self.beams is not None):
             problems.append("compile does not go with a draft or beams: it serves the step of one token of one text")
+        if self.compile:
+            cache_kind(self.cache)
         if self.batch_size < 1:
             problems.append(f"batch_size: given {self.batch_size}, should be at least 1")
         if problems:

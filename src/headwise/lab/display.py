@@ -186,15 +186,12 @@ def overall(rows: Sequence[Row], now: float) -> str:
 
 
 def _seconds_left(rows: Sequence[Row], now: float) -> float | None:
-    """Steps still to do at the pace of all runs so far, at as many runs at once as now."""
+    """Steps still to do, at the pace that all runs together had so far."""
     timed = [row for row in rows if row.done > row.first]
-    at_once = sum(row.state == "running" for row in rows)
-    if not timed or not at_once:
-        return None
-    spent = sum((row.ended or now) - row.began for row in timed)
-    pace = spent / sum(row.done - row.first for row in timed)
     todo = sum(row.total - row.done for row in rows if row.state in ("running", "waiting"))
-    return pace * todo / at_once
+    if not timed or not todo:
+        return None
+    return (now - min(row.began for row in timed)) / sum(row.done - row.first for row in timed) * todo
 
 
 def describe(row: Row) -> str:
