@@ -183,21 +183,34 @@ def _turned(spec: ComponentSpec, dims: Dims) -> int:
 
 def stock(bed: Bed, length: int) -> Work:
     """Torch's own attention, as it is written by hand."""
+
+    def meet(*heads_BTHD: Tensor) -> Tensor:
+        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in heads_BTHD)
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=bed.settings.causal).transpose(1, 2)
+
+    return by_hand(bed, length, meet)
+
+
+def by_hand(bed: Bed, length: int, meet: Callable[..., Tensor], gates: tuple[int, ...] = ()) -> Work:
+    """A layer of plain linear maps, or its core alone, at one length.
+
+    `meet` makes [B,T,H,D] of queries, keys, values [B,T,H,D] and as many gates [B,T,H,·], of the widths given.
+    """
     s = bed.settings
-    shape = (s.batch_size, s.n_heads, length, s.head_dim)
+    widths = (s.head_dim, s.head_dim, s.head_dim, *gates)
     if s.level == "core":
-        q_BHTD, k_BHTD, v_BHTD = leaves = [bed.leaf(*shape, seed=seed) for seed in range(3)]
-        return Work(lambda: F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=s.causal), leaves, None)
+        # Heads one after another in memory, as most kernels read and write them.
+        leaves = [bed.leaf(s.batch_size, s.n_heads, length, w, seed=seed) for seed, w in enumerate(widths)]
+        return Work(lambda: meet(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2), leaves, None)
     inner = s.n_heads * s.head_dim
-    own = nn.ModuleList([nn.Linear(s.width, 3 * inner, bias=False), nn.Linear(inner, s.width, bias=False)])
+    shares = [s.n_heads * w for w in widths]
+    own = nn.ModuleList([nn.Linear(s.width, sum(shares), bias=False), nn.Linear(inner, s.width, bias=False)])
     own.to(bed.device, bed.dtype)
     x_BTC = bed.leaf(s.batch_size, length, s.width)
 
     def forward() -> Tensor:
-        heads = own[0](x_BTC).split(inner, dim=-1)
-        q_BHTD, k_BHTD, v_BHTD = (h.unflatten(-1, (s.n_heads, -1)).transpose(1, 2) for h in heads)
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=s.causal)
-        return own[1](y_BHTD.transpose(1, 2).flatten(2))
+        heads = own[0](x_BTC).split(shares, dim=-1)
+        return own[1](meet(*(h.unflatten(-1, (s.n_heads, -1)) for h in heads)).flatten(2))
 
     return Work(forward, [x_BTC, *own.parameters()], own)
 
