@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from common import interleaved, report
+from headwise.allocator import kept_memory
 from headwise.dims import Dims
 from headwise.errors import HeadwiseError
 from headwise.lab.bench.cases import BASELINE, Bed, Case, attention_spec, mechanism, stock
@@ -24,7 +25,6 @@ from headwise.lab.bench.settings import BenchSettings
 from headwise.lab.stats import ratio_summary
 from headwise.lab.timing import kept_bytes
 from headwise.registry import POSITION
-from headwise.train.allocator import kept_memory
 
 ROUNDS = 9
 SLICE_SECONDS = 0.2

@@ -18,6 +18,7 @@ ROOT = Path(headwise.__file__).parent
 
 # Which floor a file or folder of the package stands on. A new one must be given its place here.
 FLOORS = {
+    "allocator": 0,
     "errors": 0,
     "dims": 0,
     "registry": 0,
@@ -51,8 +52,8 @@ SHARED = {*FAMILIES, *(f"{family}.base" for family in FAMILIES), "vein", "start"
 SHARED |= {"linear", "attention.recurrence", "io.gguf.tokenizer"}
 # Where modules of any floor are loaded by name: the tables of public names and of kinds, when a name is first asked
 # for, a worker process, which imports what its parent had (a user's own mechanisms), and the modeling file of an
-# exported model, which brings its modules along.
-BY_NAME = {"__init__.py", "registry.py", "lab/worker.py", "io/remote_code/modeling_headwise.py"}
+# exported model, which brings its modules along. Of other libraries' functions the benchmark keeps a table.
+BY_NAME = {"__init__.py", "registry.py", "lab/worker.py", "lab/bench/peers.py", "io/remote_code/modeling_headwise.py"}
 # Files that hold no tensors and so must not cost torch's start.
 TORCH_FREE = {"errors.py", "dims.py", "registry.py", "__init__.py", "lab/stats.py", "lab/result.py"}
 TORCH_FREE |= {f"lab/ab/{name}.py" for name in ("__init__", "arms", "result", "summary", "words", "markdown")}

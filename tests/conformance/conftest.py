@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from conformance_lines import BIDIRECTIONAL, CAUSAL, ENCODER_DECODER, STACKED
 
-from headwise.train.allocator import kept_memory
+from headwise.allocator import kept_memory
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -303,6 +303,32 @@ def test_scores_formed_are_those_of_the_pattern_but_for_the_blocks_edges(
     assert dense.pairs >= 1024**2, "the measure must see a score matrix where there is one"
 
 
+@pytest.mark.parametrize(("kind", "fields"), [COSTS[1], COSTS[5], COSTS[6]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_cost_what_each_costs_alone(kind: str, fields: dict[str, Any], causal: bool) -> None:
+    """Tokens whose documents were looked up pair by pair once cost the square of the row's length."""
+    layer = get_attention(kind, d_model=16, n_heads=2, **fields)
+
+    def formed(B: int, T: int, segments: tuple[Tensor, Tensor] | None = None) -> float:
+        with torch.no_grad(), Scores(2, 8) as counted:
+            layer(torch.randn(B, T, 16), context=Context(causal=causal, segments=segments))
+        return counted.pairs
+
+    rows = torch.cat([documents([700, 1348]), documents([2048])])
+    assert formed(2, 2048, (rows, rows)) == sum(formed(1, T) for T in (700, 1348, 2048)) < 2048**2
+    short = documents([4] * 512)
+    assert formed(1, 2048, (short, short)) > 2048**2 / 2, "hundreds of calls would cost more than they save"
+
+
+def test_a_document_that_goes_on_after_another_is_one_document() -> None:
+    layer = get_attention("longformer", d_model=16, n_heads=2, window=8, global_tokens=2)
+    x, segments = torch.randn(1, 256, 16), torch.tensor([[0, 1, 0, 2]]).repeat_interleave(64, 1)
+    context = Context(causal=True, segments=(segments, segments))
+    with kernels.naive():
+        wanted, _ = layer(x, context=context)
+    torch.testing.assert_close(layer(x, context=context)[0], wanted)
+
+
 @pytest.mark.parametrize(("kind", "fields"), COSTS)
 def test_a_decoded_token_meets_only_the_keys_of_its_pattern(kind: str, fields: dict[str, Any]) -> None:
     layer, S = get_attention(kind, d_model=16, n_heads=2, **fields), 2047

@@ -20,11 +20,14 @@ from headwise.errors import Problem, SpecError, short
 from headwise.kernels import naive_wanted
 from headwise.kernels.attention import naive, sdpa
 from headwise.kernels.rms_norm import rms_norm
-from headwise.kernels.segments import Pattern, keep_by, segment_positions
+from headwise.kernels.segments import Pattern, keep_by, runs, segment_positions
 from headwise.kernels.together import products
 from headwise.linear import Linear
 from headwise.position import Encoding, SomeKeys
 from headwise.registry import ComponentSpec
+
+# As many pairs of tokens as are attended to in the time that it takes to start the kernels for one more document.
+PAIRS_A_DOCUMENT = 1 << 14
 
 
 def _qk_norm(value: Any) -> Any:
@@ -364,12 +367,46 @@ class Attention(nn.Module):
         """What `attend` computes, on the fused kernel; a pattern is looked up here, a block of rows at a time."""
         keep = None
         if self.pattern is not None:
+            documents = self._documents(q_BHTE, k_BKSE, context, attn_mask)
+            if documents is not None:
+                return self._one_by_one(q_BHTE, k_BKSE, v_BKSD, Context(causal=context.causal), documents)
             T, S = q_BHTE.shape[2], k_BKSE.shape[2]
             keep = keep_by(self.pattern, T, S, context.segments, q_BHTE.device, context.positions)
         return sdpa.attention(
             q_BHTE, k_BKSE, v_BKSD, window=self.window, keep=keep, segments=context.segments, attn_mask=attn_mask,
             **self.scores(q_BHTE, context),
         )  # fmt: skip
+
+    def _one_by_one(
+        self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, context: Context, documents: list[list[tuple[int, int]]]
+    ) -> Tensor:
+        """`fast` over each row's documents, which lie from start to stop and see nothing of each other."""
+
+        def of(b: int, start: int, stop: int) -> Tensor:
+            place = slice(b, b + 1), slice(None), slice(start, stop)
+            return self.fast(q_BHTE[place], k_BKSE[place], v_BKSD[place], context, None)
+
+        return torch.cat([torch.cat([of(b, *ends) for ends in row], 2) for b, row in enumerate(documents)])
+
+    def _documents(
+        self, q_BHTE: Tensor, k_BKSE: Tensor, context: Context, attn_mask: Tensor | None
+    ) -> list[list[tuple[int, int]]] | None:
+        """Where each row's documents lie, if the pattern is cheaper in one at a time than in all rows as a whole.
+
+        A pattern's own kernel knows one sequence. The whole row, where each token's document is looked up, costs the
+        square of its length.
+        """
+        B, _, T, _ = q_BHTE.shape
+        if context.segments is None or attn_mask is not None or k_BKSE.shape[2] != T or context.positions is not None:
+            return None
+        if torch.compiler.is_compiling() or T**2 < PAIRS_A_DOCUMENT:
+            return None
+        encoding = context.encoding
+        if encoding.bias_factors(q_BHTE) is not None or encoding.bias(q_BHTE, 0, 0) is not None:
+            return None
+        found = runs(context.segments[1])
+        worth_it = found is not None and PAIRS_A_DOCUMENT * sum(map(len, found)) < B * T**2
+        return found if worth_it else None
 
     def scores(self, q_BHTE: Tensor, context: Context) -> dict[str, Any]:
         """How scores become weights, as the fast kernels take it."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from headwise.allocator import kept_memory
 from headwise.errors import SettingsError
 from headwise.generate.request import Generation, InterruptedGeneration, Request, Running
 from headwise.generate.sampling import Sampling
@@ -153,10 +154,11 @@ def steps(session: Session, running: Running, draft: Draft | None = None) -> Ite
 
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """The model in eval mode, and then as it was."""
+    """The model in eval mode, and then as it was; what memory it frees is kept meanwhile."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with kept_memory():
+            yield
     finally:
         model.train(was_training)

@@ -21,6 +21,17 @@ def segment_positions(segments_BS: Tensor) -> Tensor:
     return index - (index * starts).cummax(dim=1).values
 
 
+def runs(segments_BS: Tensor) -> list[list[tuple[int, int]]] | None:
+    """Where each row's segments begin and end, as (start, stop); None where one goes on after another."""
+    rows = []
+    for row in segments_BS.tolist():
+        starts = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1])]
+        if len({row[i] for i in starts}) < len(starts):
+            return None
+        rows.append(list(zip(starts, [*starts[1:], len(row)])))
+    return rows
+
+
 def keep_by(
     pattern: Pattern,
     T: int,

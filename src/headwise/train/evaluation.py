@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headwise.allocator import kept_memory
 from headwise.errors import DataError
 from headwise.train.objective import Objective, loss_sum, make_objective
 
@@ -61,7 +62,7 @@ def evaluate(
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.inference_mode(), autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, dtype), kept_memory():
             rows = batch_size or rows_at_once(vocab_size, seq_len, device)
             for index, batch in enumerate(eval_batches(tokens, rows, seq_len)):
                 if int(batch.ids.max()) >= vocab_size:

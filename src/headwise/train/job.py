@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwise.allocator import kept_memory
 from headwise.errors import SettingsError
 from headwise.io.pretrained import saved_spec
 from headwise.spec import ModelSpec, parse
-from headwise.train.allocator import kept_memory
 from headwise.train.objective import vocab_needed
 from headwise.train.settings import TrainSettings
 from headwise.train.vein import check_vein, with_last_tau
@@ -97,8 +97,7 @@ def prepare(line: str | ModelSpec, settings: TrainSettings, dataset: Dataset | N
 def torch_state(settings: TrainSettings, device: torch.device) -> AbstractContextManager[object]:
     """The process for the time of a run: threads, seeds, deterministic kernels, memory; afterwards as it was."""
     with ExitStack() as stack:
-        if device.type == "cpu":
-            stack.enter_context(kept_memory())
+        stack.enter_context(kept_memory())
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(settings.seed)
         if settings.threads is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from headwise.allocator import kept_memory
 from headwise.errors import SettingsError, one_of
 from headwise.lab.bench.cases import Bed, Case, Work, cases, refusal
 from headwise.lab.bench.result import BenchResult, Point, Row, crossover
@@ -31,7 +32,6 @@ from headwise.lab.result import Environment, Ratio
 from headwise.lab.runner import cores
 from headwise.lab.stats import ratio_summary
 from headwise.lab.timing import free_bytes, interleaved, kept_bytes, peak_bytes
-from headwise.train.allocator import kept_memory
 from headwise.train.folder import environment
 
 SUBJECTS = ("attention",)
@@ -63,8 +63,7 @@ def bench(
     chosen, all_cases, bed = prepared(subject, settings, changes)
     began = time.monotonic()
     with ExitStack() as stack:
-        if bed.device.type == "cpu":
-            stack.enter_context(kept_memory())  # as training has it
+        stack.enter_context(kept_memory())  # as training has it
         stack.enter_context(torch.random.fork_rng(devices=[bed.device] if bed.device.type == "cuda" else []))
         torch.manual_seed(0)
         if chosen.threads is not None:
