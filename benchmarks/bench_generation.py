@@ -34,8 +34,9 @@ ROWS = {
     "prefill of 1,024 tokens": ("prompt", ("headwise", None), ("transformers", None), 1.2),
     "32 requests of mixed length": ("requests", ("headwise", None), ("transformers", None), 3.0),
 }
-# Rounds at most, of a row in which each takes long by itself.
+# Rounds at most, of a row in which each takes minutes; and times as many, of one in which each takes a second or two.
 FEW_ROUNDS = {"32 requests of mixed length": 2}
+MORE_ROUNDS = {"prefill of 1,024 tokens": 3}
 # Measured beside them, without a target.
 MORE = {
     "batch-1 decoding, fp32": [("headwise", "fp32 compiled")],
@@ -184,7 +185,7 @@ def measure(row: str, pythons: dict[str, str | None], paths: dict[str, str], rou
         except ChildProcessError as error:
             missing[label(name, kept)] = str(error)
     rates: dict[str, list[float]] = {name: [] for name in subjects}
-    for r in range(min(rounds, FEW_ROUNDS.get(row, rounds))):
+    for r in range(min(MORE_ROUNDS.get(row, 1) * rounds, FEW_ROUNDS.get(row, sys.maxsize))):
         turn = list(subjects)
         for name in turn[r % len(turn) :] + turn[: r % len(turn)]:
             rates[name].append(subjects[name].rate())
@@ -203,7 +204,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how often each is measured; a prompt thrice as often, the requests twice at most",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each process")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, help="only these rows")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
