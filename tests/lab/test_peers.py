@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import headwise as hw
 from headwise.errors import HeadwiseError
 from headwise.kernels.delta_rule import naive as delta_rule
 from headwise.kernels.linear_attention import naive as linear_attention
@@ -68,17 +67,15 @@ def test_gated_linear_attention_is_our_definition() -> None:
 
 
 @pytest.mark.parametrize("level", ["core", "layer"])
-def test_it_is_measured_beside_ours(level: str) -> None:
-    result = hw.bench(
-        kinds="linear", lengths="32,64", peers=True, level=level, rounds=5, n_heads=2, head_dim=8, device="cpu"
-    )
-    rows = {row.label: row for row in result.rows}
-    names = {f"fla {name}, readable" for name in ("linear", "retention", "deltanet", "gated_deltanet")}
-    assert names <= set(rows)
-    assert all(row.source == "peer" for label, row in rows.items() if label in names)
-    short, long = rows["fla linear, readable"].points
-    assert short.skipped == "takes lengths that 64 divides"
-    assert long.skipped is None
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.readable is not None])
+def test_a_step_is_measured_to_its_end(name: str, level: str) -> None:
+    one = bed(level=level)
+    case = fla(one)[name]
+    work = case.make(T)
+    case.step(work, one)()
+    assert case.source == "peer"
+    assert work.forward().shape == ((B, H, T, D) if level == "core" else (B, T, H * D))
+    assert (work.own is None) == (level == "core")
 
 
 def test_lengths_that_it_does_not_take_are_refused() -> None:
