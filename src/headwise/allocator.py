@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 # glibc's mallopt parameters (malloc.h), and where its own adaptation of both limits ends.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -19,6 +20,7 @@ KEEP = 1 << 30
 USUAL = 32 << 20
 
 _inside = 0  # how many are in `kept_memory` at this moment
+_lock = Lock()
 
 
 @cache
@@ -33,19 +35,21 @@ def _mallopt() -> Callable[[int, int], int] | None:
 def kept_memory() -> Iterator[None]:
     """Let freed blocks of up to 1 GiB stay with this process; once nobody is inside, those over 32 MiB go back. Glibc
     only."""
-    global _inside
     mallopt = _mallopt()
     if mallopt is None:
         yield
         return
+    _enter(1, mallopt)
     try:
-        _inside += 1
-        if _inside == 1:
-            mallopt(M_MMAP_THRESHOLD, KEEP)
-            mallopt(M_TRIM_THRESHOLD, KEEP)
         yield
     finally:
-        _inside -= 1
-        if not _inside:
-            mallopt(M_MMAP_THRESHOLD, USUAL)
-            mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
+        _enter(-1, mallopt)
+
+
+def _enter(change: int, mallopt: Callable[[int, int], int]) -> None:
+    global _inside
+    with _lock:
+        before, _inside = _inside, _inside + change
+        if not before or not _inside:
+            mallopt(M_MMAP_THRESHOLD, KEEP if _inside else USUAL)
+            mallopt(M_TRIM_THRESHOLD, KEEP if _inside else 2 * USUAL)
