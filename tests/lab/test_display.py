@@ -14,8 +14,8 @@ from headwise.lab.display import Lines, LiveTable, Row, Silent, make_display, ov
 
 def rows() -> list[Row]:
     return [
-        Row("seed 0 · gpt2", 100, state="finished", done=100, loss=1.9, began=1.0, ended=51.0),
-        Row("seed 0 · llama", 100, state="failed", done=20, loss=9.9, note="loss is nan", began=1.0, ended=11.0),
+        Row("seed 0 · gpt2", 100, state="finished", done=100, loss=1.9, began=1.0),
+        Row("seed 0 · llama", 100, state="failed", done=20, loss=9.9, note="loss is nan", began=1.0),
         Row("seed 1 · gpt2", 100, state="running", done=60, first=20, loss=2.125, began=51.0),
         Row("seed 1 · llama", 100),
     ]
@@ -58,7 +58,7 @@ def test_the_time_left_is_at_the_pace_of_all_runs_together() -> None:
     two = [Row("a", 100, state="running", done=50, began=10.0), Row("b", 100)]
     # A step took 0.2 s; 150 are left, one run at a time.
     assert overall(two, 20.0) == "0 of 2 runs, about 30.0 s left"
-    four = [Row(name, 100, state="finished", done=100, began=10.0, ended=29.0) for name in "ab"]
+    four = [Row(name, 100, state="finished", done=100, began=10.0) for name in "ab"]
     four += [Row("c", 100, state="running", done=10, first=10, began=29.5), Row("d", 100)]
     assert overall(four, 30.0) == "2 of 4 runs, about 19.0 s left"
     assert overall([Row("a", 100)], 10.0) == "0 of 1 runs"

@@ -16,20 +16,25 @@ Keep = Callable[[int, int], Tensor]
 def segment_positions(segments_BS: Tensor) -> Tensor:
     """Positions that start again at 0 with every run of one segment: int64 [B,S] → [B,S]."""
     index = torch.arange(segments_BS.shape[1], device=segments_BS.device).expand_as(segments_BS)
-    starts = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    return index - (index * starts).cummax(dim=1).values
+    return index - (index * _begins(segments_BS)).cummax(dim=1).values
+
+
+def _begins(segments_BS: Tensor) -> Tensor:
+    """Where another segment begins than that of the token before: boolean [B,S]."""
+    begins = torch.ones_like(segments_BS, dtype=torch.bool)
+    begins[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    return begins
 
 
 def runs(segments_BS: Tensor) -> list[list[tuple[int, int]]] | None:
     """Where each row's segments begin and end, as (start, stop); None where one goes on after another."""
-    rows = []
-    for row in segments_BS.tolist():
-        starts = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1])]
-        if len({row[i] for i in starts}) < len(starts):
+    (B, S), begins = segments_BS.shape, _begins(segments_BS)
+    rows: list[dict[int, int]] = [{} for _ in range(B)]  # where each segment begins
+    for row, start, segment in torch.cat([begins.nonzero(), segments_BS[begins][:, None]], 1).tolist():
+        if segment in rows[row]:
             return None
-        rows.append(list(zip(starts, [*starts[1:], len(row)])))
-    return rows
+        rows[row][segment] = start
+    return [list(zip(row.values(), [*list(row.values())[1:], S])) for row in rows]
 
 
 def keep_by(

@@ -32,7 +32,6 @@ class Row:
     first: int = 0
     loss: float | None = None
     began: float = 0.0
-    ended: float = 0.0
     note: str = ""
 
     def update(self, state: str, info: Any) -> None:
@@ -46,9 +45,9 @@ class Row:
                 self.first, self.began = info["step"], now
             self.done, self.loss = info["step"], info["loss"]
         elif state == "done":
-            self.state, self.done, self.ended = "finished", self.total, now
+            self.state, self.done = "finished", self.total
         else:
-            self.state, self.note, self.ended = "failed", str(info), now
+            self.state, self.note = "failed", str(info)
 
     def seconds_left(self, now: float) -> float | None:
         """Until this run is done, at the speed it had so far."""

@@ -32,9 +32,9 @@ def peers(bed: Bed) -> list[Case]:
         found.append(Case("transformers Llama, sdpa", "peer", lambda length: _transformers(bed, length, "sdpa")))
         found.append(Case("transformers Llama, eager", "peer", lambda length: _transformers(bed, length, "eager")))
     if find_spec("fla") and bed.settings.causal:
-        form, gpu = ("Triton", True) if bed.device.type == "cuda" else ("readable", False)
+        form = "Triton" if bed.device.type == "cuda" else "readable"
         for name, rule in RULES.items():
-            if gpu or rule.readable is not None:
+            if form == "Triton" or rule.readable is not None:
                 found.append(Case(f"fla {name}, {form}", "peer", partial(_fla, bed, rule)))
     return found
 

@@ -296,7 +296,7 @@ class _Run:
             shown.state, shown.began = "running", time.monotonic()
         shown.done += rounds
         if shown.done >= shown.total:
-            shown.state, shown.ended = "finished", time.monotonic()
+            shown.state = "finished"
         else:  # that a kind has ended is no news: all end at the last length
             self.display.changed(shown)
 
