@@ -82,3 +82,25 @@ def test_torchs_compiler_is_given_torchs_product():
     compiled(torch.randn(2, 256)).sum().backward()
     assert len(programs) == 2
     assert all("linear" in program and "mkldnn" not in program for program in programs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_in_a_compiled_step_is_the_same_product(monkeypatch, bias, dtype):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    weight, b = torch.randn(70, 33, dtype=dtype), torch.randn(70, dtype=dtype) if bias else None
+    x = torch.randn(66, dtype=dtype)[::2].view(1, 1, 33)
+    with torch.inference_mode():
+        given = linear(x, weight, b)
+    wanted = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert given.dtype == dtype
+    torch.testing.assert_close(given, wanted.to(dtype))  # rounded once
+
+
+def test_one_row_needs_torchs_product_where_gradients_or_autocast_are_wanted(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer, x = Linear(64, 64, bias=False), torch.randn(1, 64)
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert layer(x).dtype == torch.bfloat16
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.expand(64, 64))

@@ -68,6 +68,23 @@ def test_the_packed_kernels_compute_the_readable_product(scheme: str | int, rows
     assert (given - wanted).norm() <= BF16 * wanted.norm()
 
 
+# torch's own, as its compiler loads
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_compiled_is_the_readable_product_without_rounding(dtype: torch.dtype) -> None:
+    codes, scales = quantised(torch.randn(192, 256), "int8")
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((1, 1, 256), (2, 1, 256)):
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            given = compiled(x, packed.pack(codes), scales, in_order=True)
+        wanted = naive.linear(x.double(), codes, scales)
+        assert given.dtype == dtype
+        assert given.shape == wanted.shape
+        exact = shape[0] == 1 and dtype == torch.float32
+        assert (given - wanted).norm() <= (1e-6 if exact else BF16) * wanted.norm()
+
+
 @pytest.mark.parametrize("scheme", ["int8", 32])
 @pytest.mark.parametrize("n", [64, 192])
 def test_packing_can_be_undone(scheme: str | int, n: int) -> None:

@@ -4,7 +4,7 @@ torch hands float32 products on a CPU to MKL, whose product with one row of x ru
 to a half of the memory's speed: that product is what decoding one token consists of. oneDNN, which torch carries along
 for its other types, reads W in all threads, and is quicker with more rows too (benchmarks/bench_generation.py). It is
 reached by the operator that `torch.compile` puts into compiled models. That operator has no backward pass, so
-everything that may need one stays with torch's choice.
+everything that may need one stays with torch's choice. In a compiled step, one row is left to the compiler (`one_row`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headwise.kernels import naive_wanted
+from headwise.kernels import naive_wanted, one_row
 
 # Numbers of W from which the better use of memory outweighs the 20 µs that a call of oneDNN costs.
 LARGE = 1 << 16
@@ -23,6 +23,9 @@ _pointwise = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x [...,K] → [...,N], of the dtype of its arguments, which share one."""
+    if one_row.serves(x) and not naive_wanted():
+        y_N = one_row.product(x, weight_NK)
+        return (y_N if bias_N is None else y_N + bias_N).to(x.dtype)
     if (
         _pointwise is None
         # torch's compiler takes the operator from its own patterns alone, and cannot look at what is asked below.

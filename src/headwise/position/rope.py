@@ -238,7 +238,9 @@ class RoPESpec(PositionSpec):
 
 def _theta(base: float, rotary_dim: int, like: Tensor) -> Tensor:
     n = torch.arange(0, rotary_dim, 2, device=like.device, dtype=like.dtype)
-    return base ** (-n / rotary_dim)
+    # Written as an exponential because the compiler keeps what it makes of one; powers and cosines it computes anew for
+    # every head of every layer, which took 6 % of a compiled token.
+    return torch.exp(n * (-math.log(base) / rotary_dim))
 
 
 class RoPEEncoding(Encoding):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headwise.kernels import flash
+from headwise.kernels.attention import one_query
 from headwise.kernels.attention import window as windows
 from headwise.kernels.attention.block import attend
 from headwise.kernels.segments import Keep
@@ -46,7 +47,8 @@ def attention(
     `keep` as a function of a range of rows, and the `first` keys seen beside a window.
 
     One call of the fused kernel where nothing but causality masks, and for a window (see `window.py`). On CUDA one
-    Triton kernel for windows, soft-caps, sinks and segments (see `flash`). Otherwise blocks
+    Triton kernel for windows, soft-caps, sinks and segments (see `flash`). In a compiled step the compiler's own loops
+    (see `one_query`). Otherwise blocks
     of query rows, each with the keys it can reach, so a window costs O(T·window); a block's mask is made anew for
     the backward pass, so no T×S tensor is ever held.
 
@@ -54,12 +56,22 @@ def attention(
         [B,H,T,D], D the width of `v_BKSD`.
     """
     T, S = q_BHTD.shape[2], k_BKSD.shape[2]
+    if window is not None and window >= S:
+        window = None
+    by_rows = bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None
+    unmasked = attn_mask is None and segments is None and keep is None and not by_rows
+    if unmasked and not dropout and (window is None or (causal and not first)) and one_query.serves(q_BHTD):
+        seen = slice(None if window is None else S - window, None)
+        if bias_factors is not None:
+            bias_factors = bias_factors[0], bias_factors[1][..., seen, :]
+        return one_query.attention(
+            q_BHTD, k_BKSD[:, :, seen], v_BKSD[:, :, seen],
+            scale=scale, softcap=softcap, sink_H=sink_H, bias_factors=bias_factors,
+        )  # fmt: skip
     if bias_factors is not None and softcap is None:
         q_BHTD, k_BKSD = with_bias(q_BHTD, k_BKSD, bias_factors, scale)
         scale, bias_factors = 1.0, None
-    if window is not None and window >= S:
-        window = None
-    biased = bias_factors is not None or (bias_rows is not None and bias_rows(q_BHTD, 0, 0) is not None)
+    biased = bias_factors is not None or by_rows
     if attn_mask is None and keep is None and not biased and not dropout:
         y_BHTD = flash.fused(
             q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal, window=window, lead=first, softcap=softcap,
@@ -67,7 +79,7 @@ def attention(
         )  # fmt: skip
         if y_BHTD is not None:
             return y_BHTD
-    plain = attn_mask is None and segments is None and keep is None and softcap is None and not biased
+    plain = unmasked and softcap is None and not biased
     if plain and window is None and (not causal or T == 1 or T == S):
         return attend(q_BHTD, k_BKSD, v_BKSD, scale=scale, causal=causal and T > 1, sink_H=sink_H, dropout=dropout)
 

@@ -13,7 +13,7 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, *, in_order: bool) -> Tenso
     """x [...,K] times the transpose of the matrix [N,K] that codes and scales stand for: [...,N], in x's dtype.
 
     Args:
-        x: float, of any dtype; rounded to bfloat16 where the packed kernels run.
+        x: float, of any dtype; rounded to bfloat16 where the packed kernels run (see `packed`).
         codes, scales: as `naive` describes them.
         in_order: whether the codes are in the order of the packed kernels (`packed.pack`).
     """

@@ -1,7 +1,8 @@
 """Products with quantised weights by torch's kernels for CPUs, which read a weight once, as its few bits.
 
 They are quick with bfloat16 inputs only, so inputs are rounded to that. The kernels serve few rows (decoding): for many
-the weights are spread out to bfloat16 once and multiplied as usual.
+the weights are spread out to bfloat16 once and multiplied as usual. An int8 matrix and one row
+in a compiled step are left to the compiler (`one_row`), which rounds nothing.
 
 The int4 kernel wants the codes in an order of its own: of each `block` rows the first half in the low, the second half
 in the high bits, column by column. How large a block is depends on the vector instructions of the machine, so it is
@@ -16,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from headwise.kernels import one_row
 from headwise.kernels.packed_linear.naive import join_codes, split_codes
 
 GROUP_SIZES = (32, 64, 128, 256)  # of the int4 kernel
@@ -76,8 +78,10 @@ def unpack(codes: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """x [...,K] times the transposed matrix, [...,N]: rounded to bfloat16 in between, returned in x's dtype."""
+    """x [...,K] times the transposed matrix, [...,N], in x's dtype."""
     *shape, K = x.shape
+    if codes.dtype == torch.int8 and one_row.serves(x):
+        return (one_row.product(x, codes) * scales).to(x.dtype)
     rows = x.to(torch.bfloat16).reshape(-1, K)
     if rows.shape[0] > FEW[codes.dtype]:
         n = max(64, SPREAD // K // 64 * 64)  # whole blocks of the int4 kernel

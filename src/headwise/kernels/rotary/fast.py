@@ -21,6 +21,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         return torch.cat([rotate(x[..., :n], cos, sin, interleaved=interleaved), x[..., n:]], dim=-1)
     if interleaved:
         partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    elif x.shape[-2] == 1:  # compiled, one token's halves are read the other way round; joined, they would be stored
+        partner = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     else:
         a, b = x.chunk(2, dim=-1)
         partner = torch.cat((b, a), dim=-1)
