@@ -1,7 +1,7 @@
 """Attention of one query in a compiled step, as loops that torch's compiler makes: sums over keys and over values.
 
-torch's fused kernel is made for many queries: with one it reads keys and values at a part of the memory's speed, in
-bfloat16 at a tenth. A bias, a soft-cap or a sink changes scores, which are few, in place of the keys.
+torch's fused kernel is made for many queries: with one it reads keys and values slower than memory gives them, above
+all in bfloat16. A bias, a soft-cap or a sink changes scores, which are few, in place of the keys.
 """
 
 from __future__ import annotations

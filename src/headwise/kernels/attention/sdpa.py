@@ -47,10 +47,9 @@ def attention(
     `keep` as a function of a range of rows, and the `first` keys seen beside a window.
 
     One call of the fused kernel where nothing but causality masks, and for a window (see `window.py`). On CUDA one
-    Triton kernel for windows, soft-caps, sinks and segments (see `flash`). In a compiled step the compiler's own loops
-    (see `one_query`). Otherwise blocks
-    of query rows, each with the keys it can reach, so a window costs O(T·window); a block's mask is made anew for
-    the backward pass, so no T×S tensor is ever held.
+    Triton kernel for windows, soft-caps, sinks and segments (see `flash`). For the one query of a compiled step the
+    compiler's own loops (see `one_query`). Otherwise blocks of query rows, each with the keys it can reach, so a window
+    costs O(T·window); a block's mask is made anew for the backward pass, so no T×S tensor is ever held.
 
     Returns:
         [B,H,T,D], D the width of `v_BKSD`.

@@ -1,8 +1,8 @@
 """Products with quantised weights by torch's kernels for CPUs, which read a weight once, as its few bits.
 
 They are quick with bfloat16 inputs only, so inputs are rounded to that. The kernels serve few rows (decoding): for many
-the weights are spread out to bfloat16 once and multiplied as usual. An int8 matrix and one row
-in a compiled step are left to the compiler (`one_row`), which rounds nothing.
+the weights are spread out to bfloat16 once and multiplied as usual. An int8 matrix and one row in a compiled step are
+left to the compiler (`one_row`), which rounds nothing.
 
 The int4 kernel wants the codes in an order of its own: of each `block` rows the first half in the low, the second half
 in the high bits, column by column. How large a block is depends on the vector instructions of the machine, so it is
