@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import run, run_json
 
 import headwise as hw
@@ -107,6 +108,30 @@ def test_weights_are_quantised_first(
     found = run_json(capsys, *generate(folder, *PROMPT, "--temperature", "0", "--quantise", scheme, "--logprobs", "0"))
     assert wanted.logprobs is not None
     assert [each["logprob"] for each in found["logprobs"]] == pytest.approx([each.logprob for each in wanted.logprobs])
+
+
+def test_a_step_is_compiled_and_what_fails_in_it_has_a_line_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy = [*PROMPT, "--temperature", "0"]
+    _, plain, _ = run(capsys, *generate(folder, *greedy))
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    said = "compiling the step of one token when the second one is due: a minute or so\n"
+    assert run(capsys, *generate(folder, *greedy, "--compile")) == (0, plain, said)
+
+    def no_compiler(*args: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: no_compiler)
+    status, out, err = run(capsys, *generate(folder, *greedy, "--compile"))
+    assert status == 1
+    assert out != "\n"
+    assert out.endswith("\n")
+    assert plain.startswith(out[:-1])
+    assert err == f"{said}error: compile: torch.compile failed: no C++ compiler; leave compile out, or mend that\n"
+    status, out, err = run(capsys, "generate", "nowhere", "--compile", "--cache", "paged")
+    assert (status, out) == (2, "")
+    assert err == "error: cache: paged does not go with compile; allowed: auto, contiguous\n"
 
 
 def test_drafts_tell_what_was_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

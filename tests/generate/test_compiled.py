@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import headwise as hw
 from headwise.errors import HeadwiseError, SettingsError
-from headwise.generate import Request, Session, complete, stream_ids
+from headwise.generate import Request, Session, compiled, complete, stream_ids
 from headwise.generate.compiled import step_of
 from headwise.generate.speculative import NgramLookup
 from headwise.generate.writer import Writer
@@ -67,6 +67,22 @@ def test_a_compiled_step_is_the_step(programs: Counter[str]) -> None:
     assert programs["unique_graphs"] == n_programs
     quantise(model, "int8")
     assert step_of(model) is not step
+
+
+def test_a_base_that_follows_the_length_needs_no_program_for_each(programs: Counter[str]) -> None:
+    """Past the trained length the rule's base was a number, and each token's another program, until torch refused."""
+    scaling = "rope(scaling=dynamic(4, original_max_position_embeddings=12))"
+    model = model_of(f"llama(d_model=16, n_layers=1, n_heads=2, vocab_size=64, position={scaling})")
+    wanted = logits_of(model, compile=False)
+    torch.testing.assert_close(logits_of(model, compile=True), wanted, atol=1e-5, rtol=1e-5)
+    assert programs["unique_graphs"] <= 2
+
+
+def test_too_many_programs_are_one_line(programs: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "PROGRAMS", 1)
+    model = model_of("llama(d_model=16, n_layers=1, n_heads=2, vocab_size=64, attention=window(9))")
+    with pytest.raises(HeadwiseError, match=r"^compile: torch.compile failed: .* leave compile out"):
+        logits_of(model, compile=True)
 
 
 def test_two_models_have_two_programs(programs: Counter[str]) -> None:

@@ -89,7 +89,9 @@ class GenerateSettings(Settings):
     draft_tokens: int | None = Field(None, description="tokens proposed at a time, default 4")
     cache: str = Field("auto", description="contiguous, static, rolling, paged, int8, int4; auto: each layer's own")
     quantise: Literal["int8", "int4"] | None = Field(None, description="put the weights into 8 or 4 bits first")
-    compile: bool = Field(False, description="compile the step of one token first: a minute or so, for long texts")
+    compile: bool = Field(
+        False, description="compile the step of one token, which takes a minute or so: for long texts"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto: a GPU where there is one")
 
     def contradictions(self) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -178,12 +180,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _writer(path: Path, settings: GenerateSettings) -> Writer:
     from headwise.data import load_tokenizer
+    from headwise.generate.compiled import cache_kind
     from headwise.generate.speculative import Draft, DraftModel, NgramLookup
     from headwise.generate.writer import Writer
     from headwise.io.pretrained import load
     from headwise.model.quantise import quantise
     from headwise.train.job import resolve_device
 
+    if settings.compile:
+        cache_kind(settings.cache)
     device = resolve_device(settings.device)
     tokenizer = load_tokenizer(path)
     model = load(path, device=device)

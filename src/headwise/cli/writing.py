@@ -27,18 +27,23 @@ def tell(write: Callable[[OnText], list[Generation]], about: dict[str, Any], as_
     from headwise.generate.request import InterruptedGeneration
 
     prompt = before = about.get("prompt", "")  # shown with the first piece: one that fails leaves stdout empty
+    begun = False
 
     def show(piece: str) -> None:
-        nonlocal before
+        nonlocal before, begun
         sys.stdout.write(before + piece)
         sys.stdout.flush()
-        before = ""
+        before, begun = "", True
 
     started, status = time.perf_counter(), 0
     try:
         found = write(None if as_json else show)
     except InterruptedGeneration as stopped:
         found, status = [stopped.result], Interrupted.exit_code
+    except Exception:
+        if begun:  # what went wrong is told on a line of its own
+            show("\n")
+        raise
     seconds = time.perf_counter() - started
     best, *others = found
     n_tokens = sum(len(each.token_ids) for each in found)

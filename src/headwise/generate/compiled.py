@@ -29,6 +29,8 @@ CACHES = ("auto", "contiguous")
 # whose parts do not change between two tokens.
 GUARDS = ("SHAPE_ENV", "GRAD_MODE", "GLOBAL_STATE")
 
+PROGRAMS = 64  # of one model at most: each window that fills makes one more
+
 _steps: WeakKeyDictionary[LanguageModel, tuple[object, Step]] = WeakKeyDictionary()
 
 
@@ -61,6 +63,8 @@ def step_of(model: LanguageModel) -> Step:
 
 
 def _new_step() -> Step:
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # loads the compiler
+
     def step(model: LanguageModel, ids_11: Tensor, cache: ModelCache) -> Tensor:
         logits: Tensor = model(ids_11, cache=cache, last=True)
         return logits
@@ -75,11 +79,11 @@ def _new_step() -> Step:
             layer.reserve(2)  # one more than is stored: a full buffer would be contiguous, which is another program
         try:
             # Numbers of the model, as a norm's ε, are constants, or each would be one more condition.
-            with torch._dynamo.config.patch(specialize_float=True):
+            with torch._dynamo.config.patch(specialize_float=True, recompile_limit=PROGRAMS):
                 logits: Tensor = compiled(model, ids_11, cache)
         except HeadwiseError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, FailOnRecompileLimitHit) as error:
             said = str(error).strip().partition("\n")[0]
             raise HeadwiseError(f"compile: torch.compile failed: {said}; leave compile out, or mend that") from error
         return logits

@@ -82,8 +82,9 @@ class DynamicScaling(Scaling):
     original_max_position_embeddings: int = Field(gt=0)
 
     def frequencies(self, theta_N: Tensor, base: float, rotary_dim: int, seq_len: int) -> Tensor:
-        longer = max(seq_len, self.original_max_position_embeddings) / self.original_max_position_embeddings
-        stretch = self.factor * longer - (self.factor - 1)
+        # A tensor, for a compiled program would hold only for the length that a number comes from.
+        length = theta_N.new_full((), max(seq_len, self.original_max_position_embeddings))
+        stretch = self.factor * length / self.original_max_position_embeddings - (self.factor - 1)
         return _theta(base * stretch ** (rotary_dim / (rotary_dim - 2)), rotary_dim, theta_N)
 
 
@@ -236,11 +237,12 @@ class RoPESpec(PositionSpec):
         return [Problem("position", f"rope turns pairs of dimensions, but {given} leaves {turned}; {advice}")]
 
 
-def _theta(base: float, rotary_dim: int, like: Tensor) -> Tensor:
+def _theta(base: float | Tensor, rotary_dim: int, like: Tensor) -> Tensor:
     n = torch.arange(0, rotary_dim, 2, device=like.device, dtype=like.dtype)
     # Written as an exponential because the compiler keeps what it makes of one; powers and cosines it computes anew for
     # every head of every layer, which took 6 % of a compiled token.
-    return torch.exp(n * (-math.log(base) / rotary_dim))
+    log_base = base.log() if isinstance(base, Tensor) else math.log(base)
+    return torch.exp(n * (-log_base / rotary_dim))
 
 
 class RoPEEncoding(Encoding):
