@@ -188,7 +188,7 @@ def _writer(path: Path, settings: GenerateSettings) -> Writer:
     from headwise.train.job import resolve_device
 
     if settings.compile:
-        cache_kind(settings.cache)
+        cache_kind(settings.cache)  # refused before a model is read
     device = resolve_device(settings.device)
     tokenizer = load_tokenizer(path)
     model = load(path, device=device)

@@ -240,7 +240,7 @@ class RoPESpec(PositionSpec):
 def _theta(base: float | Tensor, rotary_dim: int, like: Tensor) -> Tensor:
     n = torch.arange(0, rotary_dim, 2, device=like.device, dtype=like.dtype)
     # Written as an exponential because the compiler keeps what it makes of one; powers and cosines it computes anew for
-    # every head of every layer, which took 6 % of a compiled token.
+    # every head of every layer.
     log_base = base.log() if isinstance(base, Tensor) else math.log(base)
     return torch.exp(n * (-log_base / rotary_dim))
 
