@@ -10,6 +10,7 @@ from threading import Thread
 
 import torch
 
+from headwise import allocator
 from headwise.allocator import kept_memory
 
 MB = 1 << 20
@@ -61,6 +62,10 @@ def test_who_leaves_does_not_end_it_for_others() -> None:
     alone(kept_for_others)
 
 
+def test_a_library_that_takes_no_high_limit_keeps_memory_too() -> None:
+    alone(kept_by_an_older_library)
+
+
 def kept_inside() -> None:
     assert not is_kept(64)
     with kept_memory():
@@ -83,3 +88,14 @@ def kept_for_others() -> None:
             thread.join()
         assert is_kept(64)
     assert not is_kept(128)
+
+
+def kept_by_an_older_library() -> None:
+    mallopt = allocator._mallopt()
+    assert mallopt is not None
+
+    def older(parameter: int, value: int) -> int:
+        return 0 if parameter == allocator.M_MMAP_THRESHOLD and value > 32 * MB else mallopt(parameter, value)
+
+    allocator._mallopt = lambda: older
+    kept_inside()

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 
-# glibc's mallopt parameters (malloc.h), and where its own adaptation of both limits ends.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# glibc's mallopt parameters (malloc.h), where its own adaptation of both limits ends, and how many blocks it maps.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 KEEP = 1 << 30
 USUAL = 32 << 20
+MAPPED = 65_536
 
 _inside = 0  # how many are in `kept_memory` at this moment
 _lock = Lock()
@@ -51,5 +52,8 @@ def _enter(change: int, mallopt: Callable[[int, int], int]) -> None:
     with _lock:
         before, _inside = _inside, _inside + change
         if not before or not _inside:
-            mallopt(M_MMAP_THRESHOLD, KEEP if _inside else USUAL)
             mallopt(M_TRIM_THRESHOLD, KEEP if _inside else 2 * USUAL)
+            if not mallopt(M_MMAP_THRESHOLD, KEEP if _inside else USUAL):
+                mallopt(M_MMAP_MAX, 0)  # an older glibc takes no limit over 32 MiB
+            elif not _inside:
+                mallopt(M_MMAP_MAX, MAPPED)
