@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,15 +77,19 @@ class Import:
         return f"{self.file}:{self.line} imports {self.module}"
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports_of(path: Path) -> Iterator[Import]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     file = path.relative_to(ROOT).as_posix()
     inner: set[ast.AST] = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         if typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             inner |= set(ast.walk(node))
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -105,8 +110,15 @@ def is_module(name: str) -> bool:
 
 
 FILES = sorted(ROOT.rglob("*.py"))
-IMPORTS = [found for path in FILES for found in imports_of(path)]
-INSIDE = [i for i in IMPORTS if i.module.split(".")[0] == "headwise"]
+
+
+@cache
+def imports() -> list[Import]:
+    return [found for path in FILES for found in imports_of(path)]
+
+
+def inside() -> list[Import]:
+    return [i for i in imports() if i.module.split(".")[0] == "headwise"]
 
 
 def unit(name: str) -> str:
@@ -117,9 +129,9 @@ def unit(name: str) -> str:
 def test_the_test_sees_the_imports() -> None:
     """A reader that found nothing would allow everything."""
     assert len(FILES) > 50
-    assert len(INSIDE) > 100
-    assert any(i.lazy for i in IMPORTS)
-    assert any(i.module == "headwise.spec" and i.file == "model/build.py" for i in INSIDE)
+    assert len(inside()) > 100
+    assert any(i.lazy for i in imports())
+    assert any(i.module == "headwise.spec" and i.file == "model/build.py" for i in inside())
 
 
 def test_every_file_has_a_floor() -> None:
@@ -130,7 +142,7 @@ def test_every_file_has_a_floor() -> None:
 def test_a_file_imports_only_from_floors_under_its_own() -> None:
     """Its own folder aside. Imports inside functions count: a lazy import is still a dependence."""
     wrong = []
-    for found in INSIDE:
+    for found in inside():
         if found.file == "__init__.py":
             continue  # the public names, for the type checker
         here, target = unit(found.file), found.module.removeprefix("headwise").lstrip(".")
@@ -149,7 +161,7 @@ def test_a_file_imports_only_from_floors_under_its_own() -> None:
 def test_mechanisms_do_not_import_one_another() -> None:
     """One mechanism, one file: it may lean on its family's base and on what other families offer all."""
     wrong = []
-    for found in INSIDE:
+    for found in inside():
         family, _, file = found.file.partition("/")
         if family not in FAMILIES or file in ("__init__.py", "base.py"):
             continue
@@ -166,7 +178,7 @@ def test_kernels_are_tensor_functions() -> None:
     for folder in (p for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"):
         naive = f"kernels/{folder.name}/naive.py"
         assert (folder / "naive.py").exists()
-        assert {i.module.split(".")[0] for i in IMPORTS if i.file == naive} <= {"__future__", "torch", "math"}
+        assert {i.module.split(".")[0] for i in imports() if i.file == naive} <= {"__future__", "torch", "math"}
 
 
 def test_modules_are_loaded_by_name_only_from_their_own_folder() -> None:
@@ -174,7 +186,7 @@ def test_modules_are_loaded_by_name_only_from_their_own_folder() -> None:
     wrong = []
     for path in FILES:
         file = path.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if file in BY_NAME or not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func).rpartition(".")[2]
@@ -185,21 +197,20 @@ def test_modules_are_loaded_by_name_only_from_their_own_folder() -> None:
 
 
 def test_only_io_opens_model_files() -> None:
-    wrong = [str(i) for i in IMPORTS if i.module.split(".")[0] in MODEL_FILES and not i.file.startswith("io/")]
+    wrong = [str(i) for i in imports() if i.module.split(".")[0] in MODEL_FILES and not i.file.startswith("io/")]
     assert not wrong, "\n".join(wrong)
 
 
 def test_no_pickle_is_read_ever() -> None:
     for path in FILES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-        used |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        used = {ast.unparse(n) for n in nodes_of(path) if isinstance(n, ast.Attribute)}
+        used |= {n.id for n in nodes_of(path) if isinstance(n, ast.Name)}
         assert not used & {"torch.load", "torch.save", "np.load", "numpy.load", "eval", "exec", "__import__"}, path
-    assert not [str(i) for i in IMPORTS if i.module.split(".")[0] in MODEL_FILES - {"safetensors", "gguf"}]
+    assert not [str(i) for i in imports() if i.module.split(".")[0] in MODEL_FILES - {"safetensors", "gguf"}]
 
 
 def test_files_without_tensors_import_no_torch() -> None:
-    wrong = [str(i) for i in IMPORTS if i.file in TORCH_FREE and i.module.split(".")[0] == "torch"]
+    wrong = [str(i) for i in imports() if i.file in TORCH_FREE and i.module.split(".")[0] == "torch"]
     assert not wrong, "\n".join(wrong)
 
 
