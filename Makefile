@@ -26,8 +26,6 @@ help:  ## what each target does
 demo: .venv/installed  ## install, compare two architectures on Shakespeare, print the verdict, write demo/report.html
 	$(DEMO)
 
-# Tests start many processes, and without files of bytecode each would compile the whole package.
-test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/installed-dev .venv/installed-model  ## install what tests need (a browser too) and run the whole suite
 	bash tools/browser.sh
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

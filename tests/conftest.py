@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import sys
@@ -18,17 +17,6 @@ import warm as warm_processes
 # The same examples on every run: a red test is a red commit, never the dice. No deadline: no test asserts a time.
 settings.register_profile("headwise", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("headwise")
-
-# Thousands of tests and what they import live as long as the process, and are not looked through for garbage again and
-# again.
-gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.set_threshold(20_000)
-    gc.enable()
-
 
 # Triton asks for this when it is first imported, and some tests import it by compiling.
 os.environ["TRITON_INTERPRET"] = "1"

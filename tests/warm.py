@@ -8,7 +8,6 @@ real one. `headwise` is the command. Tests of what a process loads, or holds in 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -91,7 +90,6 @@ def serve(listener: socket.socket) -> None:
     """Fork for each connection, until nobody holds the other end of stdin."""
     for name in LOADED:
         importlib.import_module(name)
-    gc.freeze()  # what all children share stays shared, and none of them looks through it for garbage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
