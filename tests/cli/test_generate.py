@@ -252,6 +252,9 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     for flags in (["--prompt-file", str(tmp_path / "none")], ["--prompt-file", str(tmp_path / "latin")]):
         status, out, err = run(capsys, *generate(folder, *flags))
         assert (status, out, err.count("\n")) == (1, "", 1)
+    status, out, err = run(capsys, *generate(tmp_path / "nowhere", *PROMPT))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "nowhere/model is no folder; give the folder of a model" in err
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"], ["--ngram"]])

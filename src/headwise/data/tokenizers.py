@@ -316,6 +316,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from headwise.data.published import folder_tokenizer, gguf_file_tokenizer, json_file
 
     path = Path(path).expanduser()
+    if not path.exists() and path.suffix not in (".json", ".gguf"):
+        raise DataError(f"{path} is no folder; give the folder of a model, a run or a tokenizer, or a .gguf file")
     if path.is_dir() and (path / "tokenizer").is_dir():
         path = path / "tokenizer"
     folder = path if path.is_dir() else path.parent
